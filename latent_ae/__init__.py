@@ -1,0 +1,58 @@
+"""latent_ae: train, measure, export and use the autoencoder of a latent diffusion model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latent_ae.autoencoder import Autoencoder, load_network
+    from latent_ae.config import Config
+    from latent_ae.config_file import load_config
+    from latent_ae.errors import UserError
+    from latent_ae.evaluation import evaluate
+    from latent_ae.export import export_run
+    from latent_ae.latents import LatentDataset, decode, encode
+    from latent_ae.outputs import Code, Reconstruction
+    from latent_ae.training import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Autoencoder",
+    "Code",
+    "Config",
+    "LatentDataset",
+    "Reconstruction",
+    "UserError",
+    "decode",
+    "encode",
+    "evaluate",
+    "export_run",
+    "load_config",
+    "load_network",
+    "train",
+]
+
+_HOME = {
+    "Autoencoder": "autoencoder",
+    "Code": "outputs",
+    "Config": "config",
+    "LatentDataset": "latents",
+    "Reconstruction": "outputs",
+    "UserError": "errors",
+    "decode": "latents",
+    "encode": "latents",
+    "evaluate": "evaluation",
+    "export": "export_run",
+    "load_config": "config_file",
+    "load_network": "autoencoder",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use, so that `import latent_ae` costs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'latent_ae' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"latent_ae.{_HOME[name]}"), name)

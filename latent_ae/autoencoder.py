@@ -1,0 +1,166 @@
+"""A diffusers network and a bottleneck: the module that training runs forward."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from latent_ae.bottlenecks import build_bottleneck
+from latent_ae.config import AutoencoderConfig, NetworkConfig
+from latent_ae.errors import UserError
+from latent_ae.outputs import Reconstruction
+
+__all__ = [
+    "Autoencoder",
+    "build_network",
+    "decode_latents",
+    "default_device",
+    "downsampling",
+    "encode_moments",
+    "load_network",
+    "require_divisible",
+    "weights_sha256",
+]
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def build_network(config: NetworkConfig) -> AutoencoderKL:
+    """The `AutoencoderKL` of a config: loaded from `path`, or with new weights.
+
+    Raises:
+        UserError: nothing that diffusers can load lies at `path`.
+    """
+    if config.path is not None:
+        return load_network(config.path)
+    levels = len(config.block_out_channels)
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    network = AutoencoderKL(
+        **config.model_dump(exclude={"path", "residual_init"}),
+        use_post_quant_conv=config.use_quant_conv,
+        **blocks,
+        scaling_factor=1.0,  # until export measures it
+    )
+    if config.residual_init == "zero":
+        _zero_residual_branches(network)
+    return network
+
+
+def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """Loads an exported folder, or any `AutoencoderKL` folder of diffusers', from disk.
+
+    Raises:
+        UserError: there is no such folder, or it is no `AutoencoderKL`.
+    """
+    folder = Path(path)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder} is no exported autoencoder: it has no config.json")
+    name = json.loads(config.read_text()).get("_class_name")
+    if name != "AutoencoderKL":
+        raise UserError(f"{folder} holds a {name}, not an AutoencoderKL")
+    try:
+        network = AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # diffusers', safetensors' and torch's
+        raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
+    return network  # pyright: ignore[reportReturnType]
+
+
+def downsampling(network: AutoencoderKL) -> int:
+    """The factor f between the side of an image and the side of its latents."""
+    return 2 ** (len(network.config["block_out_channels"]) - 1)
+
+
+def require_divisible(resolution: int, network: AutoencoderKL, key: str = "resolution") -> None:
+    """Raises `UserError` unless the network's factor divides a side of `resolution` pixels."""
+    factor = downsampling(network)
+    if resolution % factor:
+        raise UserError(f"{key} {resolution} is no multiple of the network's factor {factor}")
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def weights_sha256(path: str | Path) -> str:
+    """The sha256 (hex) of an autoencoder folder's weights: which autoencoder made these latents.
+
+    Raises:
+        UserError: the folder has no safetensors weights.
+    """
+    files = sorted(Path(path).glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        raise UserError(f"{path} has no {WEIGHTS_FILE}")
+    digest = hashlib.sha256()
+    for file in files:  # more than one where diffusers has split a large network
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def encode_moments(network: AutoencoderKL, images: Tensor) -> Tensor:
+    """Mean and log-variance of the posterior, of shape (B, 2c, H/f, W/f).
+
+    Args:
+        network: diffusers' autoencoder.
+        images: of shape (B, 3, H, W), in [-1, 1].
+    """
+    posterior: Any = network.encode(images).latent_dist  # pyright: ignore
+    return posterior.parameters
+
+
+def decode_latents(network: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images of shape (B, 3, H, W), nominally in [-1, 1], not clamped.
+
+    Args:
+        network: diffusers' autoencoder.
+        latents: raw, of shape (B, c, H/f, W/f).
+    """
+    decoded: Any = network.decode(latents)  # pyright: ignore[reportArgumentType]
+    return decoded.sample
+
+
+class Autoencoder(nn.Module):
+    """The way through: encoder, bottleneck, decoder.
+
+    Training calls `forward` only: under DistributedDataParallel, the `encode` and `decode` of the
+    unwrapped module would skip the synchronisation of gradients.
+    """
+
+    def __init__(self, network: AutoencoderKL, bottleneck: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.bottleneck = bottleneck
+
+    @classmethod
+    def from_config(cls, config: AutoencoderConfig) -> Autoencoder:
+        """Builds both parts; raises `UserError` where `network.path` cannot be loaded."""
+        return cls(build_network(config.network), build_bottleneck(config.bottleneck))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
+        code = self.bottleneck(encode_moments(self.network, images))
+        return Reconstruction(decode_latents(self.network, code.latents).float(), code)
+
+
+def _zero_residual_branches(network: AutoencoderKL) -> None:
+    """Makes each residual block the identity at the start (as Goyal et al. 2017 for ResNets)."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)  # pyright: ignore[reportArgumentType]

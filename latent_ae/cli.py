@@ -1,0 +1,257 @@
+"""The command line. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latent_ae.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="latent-ae",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Train, measure, export and use the autoencoder of a latent diffusion model.\n\n"
+    "The usual way: `train` a config, `export` the run, `evaluate` the exported folder, `encode` a "
+    "data set with it. Every verb that takes MODEL takes any folder of diffusers' `AutoencoderKL`.",
+)
+
+ConfigFile = Annotated[
+    Path, typer.Argument(help="YAML file, such as configs/kl_f8.yaml.", metavar="CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Dotted keys over the file's: training.steps=100", metavar="[KEY=VALUE]..."
+    ),
+]
+Model = Annotated[
+    Path, typer.Argument(help="Exported folder, or any AutoencoderKL folder.", metavar="MODEL")
+]
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of images, saved data set, parquet file(s) or webdataset tar(s).",
+        metavar="DATA",
+    ),
+]
+Resolution = Annotated[
+    int, typer.Option(help="Shorter side after the Lanczos resize, and side of the centre crop.")
+]
+Limit = Annotated[int | None, typer.Option(help="Take only the first N pictures.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures a pass.", min=1)]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train an autoencoder; the same command resumes a run that was stopped.
+
+    One process: `latent-ae train configs/tiny.yaml data.path=photos`. Several GPUs or machines:
+    `accelerate launch -m latent_ae train configs/kl_f8.yaml`. Checkpoints, `log.jsonl`, TensorBoard
+    rows and validation pictures go to the folder that the config calls `output`.
+    """
+    from latent_ae.config_file import load_config
+    from latent_ae.training import train
+
+    settings = load_config(config, overrides)
+    console = _console()
+    folder = train(settings, console)
+    console.print(f"done; next: latent-ae export {folder} OUT", markup=False)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(help="The run's folder: `output` of its config.", metavar="RUN")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="Which statistics of the latents to write: `scale` (scaling_factor, which every "
+            "pipeline uses), `shift` (and shift_factor), `channels` (and latents_mean and _std)."
+        ),
+    ] = "scale",
+    images: Annotated[int, typer.Option(help="Training crops to measure them on.", min=1)] = 256,
+    data: Annotated[Path | None, typer.Option(help="Measure on these pictures instead.")] = None,
+    license: Annotated[str, typer.Option(help="For the model card.")] = "unknown",
+) -> None:
+    """Write a run's newest weights as a folder that stock diffusers loads.
+
+    The averaged (EMA) weights, with the scale measured on the data's own latents; loaded again and
+    compared before the folder appears.
+    """
+    from latent_ae.export import IGNORED_BY, export_run
+
+    export_run(run, out, statistics=statistics, images=images, data=data, license_name=license)
+    console = _console()
+    key = {"shift": "shift_factor", "channels": "latents_mean"}.get(statistics)
+    if key:
+        console.print(
+            f"note: these pipelines ignore {key} and scale by scaling_factor alone: "
+            f"{', '.join(IGNORED_BY[key])}"
+        )
+    console.print(f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})", markup=False)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    resolution: Resolution = 256,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    json: Annotated[Path | None, typer.Option(help="Write the result and protocol here.")] = None,
+) -> None:
+    """Measure PSNR, SSIM and LPIPS of the reconstruction.
+
+    Shorter side resized by Lanczos, centre crop, posterior mode, fp32, rounded to 8 bits; LPIPS
+    v0.1 with AlexNet. Beside it the same for the picture reduced by Lanczos to as many numbers as
+    its latents have.
+    """
+    from json import dumps
+
+    from latent_ae.evaluation import evaluate
+
+    result = evaluate(model, data, resolution=resolution, limit=limit, batch_size=batch_size)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(dumps(result.to_json(), indent=2) + "\n")
+    _print_metrics({"autoencoder": result.metrics, "Lanczos": result.lanczos})
+    protocol = result.protocol
+    _console().print(
+        f"{protocol['images']} pictures · {protocol['preprocessing']} · posterior mode · "
+        f"{protocol['values_per_image']} values a picture",
+        style="dim",
+    )
+    if result.skipped:
+        _console().print(f"{len(result.skipped)} unreadable pictures were skipped")
+
+
+@app.command()
+def encode(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Argument(help="The latents folder to make.", metavar="OUT")],
+    resolution: Resolution = 256,
+    batch_size: BatchSize = 8,
+    workers: Annotated[int, typer.Option(help="Loader processes.", min=0)] = 2,
+    dtype: Annotated[
+        str, typer.Option(help="Of the stored moments: float16, bfloat16 or float32.")
+    ] = "float16",
+    limit: Limit = None,
+) -> None:
+    """Encode a data set to latents: mean and log-variance of every picture.
+
+    The folder holds `manifest.json`, safetensors shards and a parquet index;
+    `latent_ae.LatentDataset` reads it, samples and scales.
+    """
+    from latent_ae.latents import encode
+
+    console = _console()
+    manifest = encode(
+        model,
+        data,
+        out,
+        resolution=resolution,
+        batch_size=batch_size,
+        workers=workers,
+        dtype=dtype,
+        limit=limit,
+        console=console,
+    )
+    for skip in manifest.skipped:
+        console.print(f"skipped {skip.key}: {skip.reason}", style="yellow", markup=False)
+    shape = " × ".join(map(str, manifest.latent_shape))
+    console.print(f"{manifest.count} latents of {shape} in {out}")
+
+
+@app.command()
+def decode(
+    latents: Annotated[Path, typer.Argument(help="What `encode` wrote.", metavar="LATENTS")],
+    out: Annotated[Path, typer.Argument(help="The folder for the pictures.", metavar="OUT")],
+    model: Annotated[
+        Path | None, typer.Option(help="The autoencoder, if it has moved since.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    limit: Limit = None,
+) -> None:
+    """Decode a latents folder back to PNG files, named by their keys."""
+    from latent_ae.latents import decode
+
+    console = _console()
+    options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "console": console}
+    count = decode(latents, out, model=model, **options)
+    console.print(f"{count} pictures in {out}")
+
+
+@app.command()
+def config(
+    config: Annotated[Path | None, typer.Argument(help="YAML file.", metavar="CONFIG")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema that editors complete from.")
+    ] = False,
+) -> None:
+    """Print a config resolved, with what it means: sizes, compression, loss, batch.
+
+    Nothing is trained or downloaded. The first line of each file in configs/ points editors to the
+    schema.
+    """
+    from json import dumps
+
+    from latent_ae.config import Config
+    from latent_ae.config_file import dump_yaml, load_config
+
+    if schema:
+        print(dumps(Config.model_json_schema(), indent=2))
+        return
+    if config is None:
+        raise UserError("give a YAML file, or --schema")
+    settings = load_config(config, overrides)
+    from latent_ae.describe import describe
+
+    facts = describe(settings)
+    print(dump_yaml(settings), end="")
+    width = max(map(len, facts))
+    print("\n" + "\n".join(f"# {title:<{width}}  {fact}" for title, fact in facts.items()))
+
+
+def _print_metrics(rows: dict[str, dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for title in ("", "PSNR (dB)", "SSIM", "LPIPS"):
+        table.add_column(title, justify="left" if not title else "right")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['psnr']:.2f}", f"{row['ssim']:.3f}", f"{row['lpips']:.3f}")
+    Console().print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def main() -> None:
+    """Runs the command line: a `UserError` becomes one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

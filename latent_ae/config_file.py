@@ -1,0 +1,120 @@
+"""Reading and writing the YAML file of a run, and the sentence that refuses a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from latent_ae.config import Config, Section
+from latent_ae.errors import UserError
+
+__all__ = ["dump_yaml", "load_config", "parse_config"]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, of which PyYAML would silently keep the last."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"the key {key!r} stands twice, near{node.start_mark}")
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies `key=value` overrides with dotted keys.
+
+    Args:
+        path: the YAML file.
+        overrides: such as `["training.steps=100", "network.block_out_channels=[32, 64]"]`; values
+            are YAML.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key or a wrong value; the sentence names the
+            key's path and the valid names.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(), _StrictLoader)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no config file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no `key: value` lines")
+    for override in overrides or []:
+        _apply_override(content, override)
+    return parse_config(content, where=str(path))
+
+
+def parse_config(content: dict[str, Any], where: str = "config") -> Config:
+    """Validates a nested dict; `where` begins the sentence of the `UserError` it may raise."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        sentences = "; ".join(_sentence(item) for item in error.errors())
+        raise UserError(f"{where}: {sentences}") from None
+
+
+def dump_yaml(config: Section) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    content = config.model_dump(mode="json", exclude_none=True)
+    if content.get("network", {}).get("path"):  # the folder's own config holds the other keys
+        content["network"] = {"path": content["network"]["path"]}
+    return yaml.safe_dump(content, sort_keys=False, width=100)
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not of the form key=value")
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(content.get(parent), dict):
+            content[parent] = {}
+        content = content[parent]
+    content[last] = value
+
+
+def _sentence(item: Any) -> str:
+    """One of pydantic's errors in the words of the YAML file."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        valid = list(_section_at(location[:-1]).model_fields)
+        close = difflib.get_close_matches(location[-1], valid, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"unknown key {key!r}{hint}; valid keys here: {', '.join(valid)}"
+    if item["type"] == "missing":
+        return f"the key {key!r} is missing"
+    if item["type"] == "literal_error":
+        return f"{key}: {item['input']!r} is unknown; valid: {item['ctx']['expected']}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should", "the value should")
+    given = item["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+    return f"{key}: {message}{shown}"
+
+
+def _section_at(location: list[str]) -> type[Section]:
+    section: type[Section] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        for candidate in (annotation, *get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, Section):
+                section = candidate
+    return section

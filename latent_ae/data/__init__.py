@@ -1,0 +1,35 @@
+"""Pictures in: sources, decoding, crops, batches."""
+
+from latent_ae.data.decoding import UnreadableImage, decode_image, to_rgb
+from latent_ae.data.loader import TrainingStream, evaluation_batches
+from latent_ae.data.samples import Batch, Sample, Skipped
+from latent_ae.data.sources import SOURCES, Source, open_source, source_of
+from latent_ae.data.transforms import (
+    CenterCrop,
+    TrainingCrop,
+    normalize,
+    resize_shorter_side,
+    to_tensor,
+    to_uint8,
+)
+
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "CenterCrop",
+    "Sample",
+    "Skipped",
+    "Source",
+    "TrainingCrop",
+    "TrainingStream",
+    "UnreadableImage",
+    "decode_image",
+    "evaluation_batches",
+    "normalize",
+    "open_source",
+    "resize_shorter_side",
+    "source_of",
+    "to_rgb",
+    "to_tensor",
+    "to_uint8",
+]

@@ -1,0 +1,80 @@
+"""From the bytes of any picture file to upright 8-bit RGB, or to the reason why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+__all__ = ["UnreadableImage", "decode_image", "to_rgb"]
+
+
+class UnreadableImage(Exception):
+    """The picture cannot be read right; the message is the reason."""
+
+
+def decode_image(value: Any) -> Image.Image:
+    """Decodes what a `datasets` image column holds when it is not decoded there.
+
+    Args:
+        value: a dict with `bytes` or `path`, bytes, a path, or an array or PIL image.
+
+    Returns:
+        An RGB picture, turned upright by its EXIF orientation, alpha laid over white.
+
+    Raises:
+        UnreadableImage: truncated, no picture, or a kind with no certain reading.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata and of large pictures; neither changes the pixels.
+            warnings.simplefilter("ignore")
+            picture = _open(value)
+            picture.load()
+            return to_rgb(ImageOps.exif_transpose(picture))
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type there is
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise UnreadableImage("no picture in this row")
+    if isinstance(value, bytes | bytearray):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    return Image.open(value)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Converts any of Pillow's modes to RGB without clipping 16-bit data or dropping alpha."""
+    mode = picture.mode
+    if mode == "RGB":
+        return picture
+    if mode.startswith("I") or mode == "F":
+        return _from_deep(picture).convert("RGB")
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_deep(picture: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits; `convert` would clip everything above 255 to white."""
+    values = np.asarray(picture)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise UnreadableImage(
+            f"mode {picture.mode} with values {values.min():g} to {values.max():g} "
+            "has no known white"
+        )
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))

@@ -1,0 +1,260 @@
+"""Batches of pictures: an endless resumable stream for training, one pass in order for the rest.
+
+A picture's crop depends on (seed, epoch, index) alone, and the order on (seed, epoch) alone. So the
+stream is the same for any number of workers, N processes of batch B see what one of batch N·B sees,
+and a run resumes from one integer: how many pictures it has had.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from latent_ae.data.decoding import UnreadableImage, decode_image
+from latent_ae.data.samples import Batch, Sample, Skipped, collate, read_sample
+from latent_ae.data.sources import Source, open_source
+from latent_ae.data.transforms import CenterCrop, TrainingCrop
+from latent_ae.errors import UserError
+
+if TYPE_CHECKING:
+    from latent_ae.config import DataConfig, SourceConfig
+
+__all__ = ["TrainingStream", "evaluation_batches"]
+
+
+class _Indexed(Dataset):
+    """Random access for training: a ticket (epoch, index) always gives the same crop."""
+
+    def __init__(self, source: Source, crop: TrainingCrop, seed: int) -> None:
+        self.source, self.crop, self.seed = source, crop, seed
+
+    def __getitem__(self, ticket: tuple[int, int]) -> Sample:
+        epoch, index = ticket
+        rng = np.random.default_rng([self.seed, epoch, index])
+        skipped = []
+        for step in range(len(self.source.rows)):  # an unreadable picture's neighbour stands in
+            position = (index + step) % len(self.source.rows)
+            row = self.source.rows[position]
+            item = read_sample(self.source, row, position, lambda picture: self.crop(picture, rng))
+            if isinstance(item, Sample):
+                item.skipped = skipped
+                return item
+            skipped.append(item)
+        raise UserError("no picture of the data set can be read any more")
+
+
+class _Tickets(Sampler[list[tuple[int, int]]]):
+    """This process's share of the endless global order, from picture number `start` on."""
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int, world: int, start: int
+    ) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world, self.start = rank, world, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        @lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+        position = self.start + self.rank * self.batch_size
+        while True:
+            places = (divmod(position + i, self.count) for i in range(self.batch_size))
+            yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
+            position += self.world * self.batch_size
+
+
+class _Streamed(IterableDataset):
+    """Endless passes over a stream; resumes at its row (the shuffle buffer is filled anew)."""
+
+    def __init__(
+        self, source: Source, crop: TrainingCrop, seed: int, rank: int, world: int
+    ) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        rows: Any = source.rows
+        rows = rows.shuffle(seed=seed, buffer_size=crop.config.shuffle_buffer)
+        self.rows: Any = split_dataset_by_node(rows, rank, world)
+        self.source, self.crop, self.seed, self.rank = source, crop, seed, rank
+        self.epoch, self.position, self.resumed = 0, 0, False
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = torch.utils.data.get_worker_info()
+        stream = worker.id if worker else 0
+        skipped: list[Skipped] = []
+        while True:
+            self.rows.set_epoch(self.epoch)
+            # A resumed pass may be at its end; a whole one without a picture means none will come.
+            found, self.resumed = self.resumed, False
+            for row in self.rows:
+                rng = np.random.default_rng([self.seed, self.rank, stream, self.position])
+                self.position += 1
+                item = read_sample(self.source, row, self.position, lambda p: self.crop(p, rng))  # noqa: B023
+                if isinstance(item, Skipped):
+                    skipped.append(item)
+                    continue
+                found = True
+                item.skipped, skipped = skipped, []
+                yield item
+            if not found:  # this worker's shards hold nothing; spinning would hang the run
+                return
+            self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "rows": self.rows.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position, self.resumed = state["epoch"], state["position"], True
+        self.rows.set_epoch(self.epoch)
+        self.rows.load_state_dict(state["rows"])
+
+
+class TrainingStream:
+    """An endless iterator of training batches that knows where it is.
+
+    Args:
+        config: the source, the crop and the batch size.
+        seed: of order and crops.
+        rank: which of `world` processes this is.
+        world: how many processes share the data.
+        start: pictures that all processes together have had before (sources with random access).
+        state: what `state_dict` returned on this process (streaming sources).
+
+    Raises:
+        UserError: the source cannot be opened or holds no readable picture.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        source = open_source(config)
+        _require_one_readable(source, config.path)
+        crop = TrainingCrop(config)
+        options: dict[str, Any] = {
+            "collate_fn": collate,
+            "pin_memory": torch.cuda.is_available(),
+            "num_workers": config.workers,
+        }
+        self._loader: DataLoader | StatefulDataLoader
+        if config.streaming:
+            dataset = _Streamed(source, crop, seed, rank, world)
+            options["num_workers"] = min(config.workers, dataset.rows.num_shards)
+            with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 deprecated
+                warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+                self._loader = StatefulDataLoader(dataset, config.batch_size, **options)
+            if state is not None:
+                self._loader.load_state_dict(state)
+        else:
+            count = len(source.rows)
+            tickets = _Tickets(count, config.batch_size, seed, rank, world, start)
+            self._loader = DataLoader(
+                _Indexed(source, crop, seed), batch_sampler=tickets, **options
+            )
+        self.source = source
+        self._batches = iter(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The position of a streaming source; None where the picture count says it all."""
+        if isinstance(self._loader, StatefulDataLoader):
+            return self._loader.state_dict()
+        return None
+
+
+def _require_one_readable(source: Source, path: str) -> None:
+    count, reason = 0, ""
+    for row in source.rows:
+        try:
+            decode_image(row[source.image_column])
+            return
+        except UnreadableImage as error:
+            count, reason = count + 1, str(error)
+    if count:
+        raise UserError(f"none of the {count} pictures at {path} can be read; the last: {reason}")
+    raise UserError(f"there is no picture at {path}")
+
+
+class _InOrder(Dataset):
+    def __init__(self, source: Source, crop: CenterCrop) -> None:
+        self.source, self.crop = source, crop
+
+    def __len__(self) -> int:
+        return len(self.source.rows)
+
+    def __getitem__(self, index: int) -> Sample | Skipped:
+        return read_sample(self.source, self.source.rows[index], index, self.crop)
+
+
+class _InOrderStream(IterableDataset):
+    def __init__(self, source: Source, crop: CenterCrop) -> None:
+        self.source, self.crop = source, crop
+
+    def __iter__(self) -> Iterator[Sample | Skipped]:
+        for position, row in enumerate(self.source.rows):
+            yield read_sample(self.source, row, position, self.crop)
+
+
+def evaluation_batches(
+    config: SourceConfig | Source,
+    resolution: int,
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """One pass over a source in its order; centre crops after a Lanczos resize.
+
+    Args:
+        config: the source, opened or not.
+        resolution: side of the crop, in pixels.
+        batch_size: pictures a batch; fewer where some are unreadable (they are in `skipped`).
+        workers: loader processes.
+        limit: stop after this many rows.
+
+    Raises:
+        UserError: the source cannot be opened or none of its pictures can be read.
+    """
+    source = config if isinstance(config, Source) else open_source(config)
+    if limit is not None:
+        rows: Any = source.rows
+        count = min(limit, len(rows)) if hasattr(rows, "__len__") else limit
+        source = replace(source, rows=rows.take(count))
+    crop = CenterCrop(resolution)
+    streaming = not hasattr(source.rows, "__len__")
+    dataset: Any = _InOrderStream(source, crop) if streaming else _InOrder(source, crop)
+    workers = 0 if streaming else workers
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    found, last = 0, None
+    for batch in loader:
+        found += len(batch.samples)
+        last = batch.skipped[-1] if batch.skipped else last
+        yield batch
+    if not found:
+        reason = f"; the last, {last.key}: {last.reason}" if last else ""
+        raise UserError(f"no picture of the data set can be read{reason}")

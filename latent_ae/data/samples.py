@@ -1,0 +1,80 @@
+"""One picture of a data set, and a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latent_ae.data.decoding import UnreadableImage, decode_image
+from latent_ae.data.sources import Source
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+__all__ = ["Batch", "Sample", "Skipped", "collate", "read_sample"]
+
+
+@dataclass
+class Skipped:
+    """A picture left out: its key and the reason."""
+
+    key: str
+    reason: str
+
+
+@dataclass
+class Sample:
+    """One picture and what the data set says of it; `image` is uint8 of shape (3, H, W)."""
+
+    image: Tensor
+    key: str
+    label: int | None
+    caption: str | None
+    width: int
+    height: int
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """Pictures of one shape; `images` is uint8 of shape (B, 3, H, W), in [0, 255]."""
+
+    images: Tensor
+    samples: list[Sample]
+    skipped: list[Skipped]
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader's pinning thread."""
+        return replace(self, images=self.images.pin_memory())
+
+
+def collate(items: list[Sample | Skipped]) -> Batch:
+    """Stacks what could be read and lists what could not."""
+    samples = [item for item in items if isinstance(item, Sample)]
+    skipped = [item for item in items if isinstance(item, Skipped)]
+    skipped += [skip for sample in samples for skip in sample.skipped]
+    images = torch.stack([s.image for s in samples]) if samples else torch.empty(0, 3, 0, 0)
+    # The pixels travel once, in `images`; the samples keep only the words.
+    words = [replace(sample, image=torch.empty(0)) for sample in samples]
+    return Batch(images, words, skipped)
+
+
+def read_sample(
+    source: Source,
+    row: dict[str, Any],
+    position: int,
+    transform: Callable[[Image.Image], Tensor],
+) -> Sample | Skipped:
+    """Decodes and transforms one row of a source; `position` names it if nothing else does."""
+    key = source.key(row, position)
+    try:
+        picture = decode_image(row[source.image_column])
+    except UnreadableImage as error:
+        return Skipped(key, str(error))
+    label, caption = row.get("label"), row.get("caption", row.get("text"))
+    label = label if isinstance(label, int) else None
+    return Sample(transform(picture), key, label, caption, picture.width, picture.height)

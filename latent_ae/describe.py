@@ -1,0 +1,66 @@
+"""What a config means before it costs anything: sizes, ratios, units, batch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from latent_ae.autoencoder import build_network, downsampling, require_divisible
+from latent_ae.config import Config
+
+__all__ = ["describe"]
+
+
+def describe(config: Config) -> dict[str, str]:
+    """Facts about a run, by title; the network is built without memory for its weights.
+
+    Raises:
+        UserError: `network.path` cannot be loaded, or a resolution does not fit the network.
+    """
+    if config.network.path is None:
+        with torch.device("meta"):
+            network = build_network(config.network)
+    else:
+        network = build_network(config.network)
+    require_divisible(config.data.resolution, network, "data.resolution")
+    factor, side = downsampling(network), config.data.resolution
+    channels = network.config["latent_channels"]
+    shape = (channels, side // factor, side // factor)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    training = config.training
+    micro, accumulation = config.data.batch_size, training.accumulation
+    batch = micro * accumulation * processes
+    parts = {"encoder": network.encoder, "decoder": network.decoder, "in all": network}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    values = channels * shape[1] * shape[2]
+    return {
+        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        "images": f"3 × {side} × {side} in [-1, 1]",
+        "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
+        "compression": f"{3 * side * side / values:g} image values a latent value",
+        "loss": _loss(config) + ", per image element",
+        "kl weight λ": _weight(config, values / (3 * side * side)),
+        "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
+        f"{processes} process{'es' if processes > 1 else ''}",
+        "training": f"{training.steps:,} steps, {training.steps * batch:,} images",
+    }
+
+
+def _loss(config: Config) -> str:
+    losses, text = config.losses, f"mean {config.losses.pixel}"
+    if losses.perceptual:
+        text += f" + {losses.perceptual.weight:g} · LPIPS ({losses.perceptual.net})"
+    if losses.variance == "learned":
+        text = f"({text}) / exp(s) + s"
+    return text + " + λ · KL / (C·H·W)" if config.bottleneck.weight else text
+
+
+def _weight(config: Config, values_per_element: float) -> str:
+    weight = config.bottleneck.weight
+    if weight == 0:
+        return "0: a plain autoencoder, the code is the mean"
+    text = f"{weight:g}; one nat a latent value costs {weight * values_per_element:.3g}"
+    if config.losses.pixel == "l2" and config.losses.variance == "fixed":
+        text += f"; as a Gaussian decoder, variance {weight / 2:.3g}"
+    return text

@@ -1,0 +1,232 @@
+"""From a training run to a folder that any diffusers pipeline loads."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latent_ae.autoencoder import (
+    decode_latents,
+    default_device,
+    downsampling,
+    encode_moments,
+    weights_sha256,
+)
+from latent_ae.bottlenecks import split_moments
+from latent_ae.config import Config, DataConfig
+from latent_ae.data import TrainingStream, normalize, source_of
+from latent_ae.errors import UserError
+from latent_ae.run_folder import RunFolder
+from latent_ae.scaling import LatentScaling, LatentStatistics
+
+__all__ = ["IGNORED_BY", "export_run", "measure_latents"]
+
+# Read from diffusers 0.42's sources (a test reads them again): stock pipelines that scale by
+# `scaling_factor` alone, by which statistic they leave out.
+IGNORED_BY = {
+    "shift_factor": (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "DiTPipeline",
+        "PixArtAlphaPipeline",
+    ),
+    "latents_mean": (
+        "StableDiffusionPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "DiTPipeline",
+        "PixArtAlphaPipeline",
+    ),
+}
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    statistics: str = "scale",
+    images: int = 256,
+    data: str | Path | None = None,
+    license_name: str = "unknown",
+) -> Path:
+    """Writes the run's newest weights, averaged where there is an EMA, as a diffusers folder.
+
+    The scale is measured on training crops, the folder is written aside, loaded again by stock
+    diffusers and compared, then renamed into place.
+
+    Args:
+        run: a training run's folder.
+        out: the folder to make; must not exist yet.
+        statistics: `scale` writes `scaling_factor` alone, which every stock pipeline uses; `shift`
+            adds `shift_factor`; `channels` adds `latents_mean` and `latents_std`.
+        images: training crops to measure on.
+        data: pictures to measure on, if not those of the run's config.
+        license_name: for the model card.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `run` has no checkpoint, `out` exists, or the data cannot be read.
+    """
+    folder, out = RunFolder(run), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; remove it or choose another folder")
+    network, progress = folder.trained_network()
+    config = folder.config()
+    network = network.to(default_device()).eval()  # pyright: ignore
+    measured, sample = measure_latents(network, _measuring_data(config, data), images)
+    network.register_to_config(**_scaling(measured, statistics).model_dump())
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        network.save_pretrained(aside)
+        _require_same(network, aside, sample)
+        record = _record(config, folder, progress, measured, aside)
+        (aside / "latent_ae.json").write_text(json.dumps(record, indent=2) + "\n")
+        (aside / "README.md").write_text(_model_card(network, record, license_name))
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out
+
+
+@torch.no_grad()
+def measure_latents(
+    network: AutoencoderKL, data: DataConfig, images: int
+) -> tuple[LatentStatistics, Tensor]:
+    """Encodes training crops and gathers the moments of their latents.
+
+    Returns:
+        The statistics, and one batch of the crops, of shape (B, 3, H, W), in [-1, 1].
+    """
+    batch = min(data.batch_size, images)
+    stream = TrainingStream(data.model_copy(update={"workers": 0, "batch_size": batch}))
+    measured, sample = LatentStatistics(), torch.empty(0)
+    while measured.images < images:
+        sample = normalize(next(stream).images.to(network.device))
+        measured.update(*split_moments(encode_moments(network, sample)))
+    return measured, sample
+
+
+def _measuring_data(config: Config, data: str | Path | None) -> DataConfig:
+    if data is None:
+        return config.data
+    source = source_of(data).model_dump()
+    return config.data.model_copy(update=source)
+
+
+def _scaling(measured: LatentStatistics, statistics: str) -> LatentScaling:
+    factor = 1 / measured.std
+    if statistics == "scale":
+        return LatentScaling(scaling_factor=factor)
+    if statistics == "shift":
+        return LatentScaling(scaling_factor=factor, shift_factor=measured.mean)
+    if statistics == "channels":
+        # Pipelines with channel statistics compute (z − mean) · factor / std: with std · factor in
+        # the file they get unit variance, and those that know the factor alone still do nearly.
+        std = [value * factor for value in measured.channel_std]
+        return LatentScaling(
+            scaling_factor=factor, latents_mean=measured.channel_mean, latents_std=std
+        )
+    raise UserError(f"statistics {statistics!r} is unknown; valid: scale, shift, channels")
+
+
+@torch.no_grad()
+def _require_same(network: AutoencoderKL, folder: Path, images: Tensor) -> None:
+    """Compares with what stock diffusers makes of the folder; a difference is a bug, not input."""
+    loaded: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    loaded = loaded.to(network.device).eval()
+    results = []
+    for model in (network, loaded):
+        mean, _ = split_moments(encode_moments(model, images))
+        results.append(decode_latents(model, mean))
+    difference = (results[0] - results[1]).abs().max().item()
+    if difference > 1e-4:  # fp32 rounding under another memory layout stays below
+        raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")
+
+
+def _record(
+    config: Config,
+    folder: RunFolder,
+    progress: dict[str, Any],
+    measured: LatentStatistics,
+    out: Path,
+) -> dict[str, Any]:
+    packages = ("latent_ae", "torch", "diffusers", "accelerate", "lpips")
+    return {
+        "format": 1,
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "trained": {"steps": progress["step"], "images": progress["images"]},
+        "latents": measured.summary(),
+        "metrics": folder.last_validation(progress["step"]),
+        "metric_protocol": _protocol(config),
+        "weights_sha256": weights_sha256(out),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in packages}},
+    }
+
+
+def _protocol(config: Config) -> str | None:
+    held_out = config.validation
+    if held_out is None:
+        return None
+    size = held_out.resolution or config.data.resolution
+    return (
+        f"the first {held_out.images} pictures of {held_out.path}, shorter side to {size} by "
+        "Lanczos, centre crop, posterior mode, fp32, rounded to 8 bits, LPIPS v0.1 alex"
+    )
+
+
+def _model_card(network: AutoencoderKL, record: dict[str, Any], license_name: str) -> str:
+    config, latents, factor = record["config"], record["latents"], downsampling(network)
+    data = config["data"]
+    channels = network.config["latent_channels"]
+    metrics = record["metrics"] or {}
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    table = f"\n| metric | value |\n|-|-|\n{rows}\n\nProtocol: {record['metric_protocol']}.\n"
+    return f"""---
+library_name: diffusers
+license: {license_name}
+tags: [autoencoder, vae, latent-diffusion, latent_ae]
+---
+
+# An autoencoder for latent diffusion
+
+A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of 3 × H × W
+becomes latents of {channels} × H/{factor} × W/{factor}. Trained with latent_ae.
+
+```python
+from diffusers import AutoencoderKL
+vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+```
+
+| | |
+|-|-|
+| data | {data["path"]} ({data["source"]}), {data["resolution"]}² crops |
+| training | {record["trained"]["steps"]} steps, {record["trained"]["images"]} images |
+| objective | {_objective_in_words(config)} |
+| scaling_factor | {network.config["scaling_factor"]:.5f}, measured on {latents["images"]} crops |
+| KL | {latents["kl_nats_per_image"]:.0f} nats an image |
+
+## Metrics on held-out pictures
+{table if metrics else "None were taken while it trained."}
+## Licence
+{license_name}. The resolved config and all statistics are in `latent_ae.json`.
+"""
+
+
+def _objective_in_words(config: dict[str, Any]) -> str:
+    losses, text = config["losses"], config["losses"]["pixel"].upper()
+    if "perceptual" in losses:
+        text += f" + {losses['perceptual']['weight']:g} LPIPS-{losses['perceptual']['net']}"
+    return f"{text} + {config['bottleneck']['weight']:g} KL"

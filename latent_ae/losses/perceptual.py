@@ -1,0 +1,105 @@
+"""LPIPS with gradients where they belong, and with weights that need no download."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.resources import files
+from pathlib import Path
+
+import lpips
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latent_ae.errors import UserError
+
+__all__ = ["PerceptualLoss", "load_backbone"]
+
+_NORM_EPSILON = 1e-10  # lpips.normalize_tensor's
+
+
+def load_backbone(net: str, path: str | None = None) -> lpips.LPIPS:
+    """A frozen `lpips.LPIPS` v0.1 in eval mode.
+
+    Args:
+        net: `alex` (the ImageNet backbone ships with this package, in fp16) or `vgg`.
+        path: a safetensors file of torchvision's ImageNet weights under torchvision's names
+            (`features.0.weight`, …) to use instead.
+
+    Raises:
+        UserError: the file lacks weights of this backbone, or VGG16 is neither given nor fetched.
+    """
+    if path is None and net == "alex":
+        path = str(files("latent_ae") / "assets" / "lpips_alexnet.safetensors")
+    with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in the deprecated way
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        try:
+            model = lpips.LPIPS(net=net, pnet_rand=path is not None, verbose=False)
+        except Exception as error:  # urllib's, the hub's or the file system's
+            raise UserError(
+                f"the {net} backbone of LPIPS cannot be fetched by torchvision ({error}); where "
+                "there is no network, give a safetensors file of torchvision's weights as "
+                "`losses.perceptual.path`"
+            ) from error
+    if path is not None:
+        _load_features(model, path, net)
+    # lpips leaves the linear layers trainable; a metric must not move.
+    return model.requires_grad_(False).eval()
+
+
+def _load_features(model: lpips.LPIPS, path: str, net: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path} with the {net} backbone of LPIPS")
+    try:
+        features = load_file(path)
+    except Exception as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    state = {}
+    for name in model.net.state_dict():  # slice1.0.weight ← features.0.weight
+        wanted = "features." + name.split(".", 1)[1]
+        if wanted not in features:
+            raise UserError(f"{path} has no {wanted}: it is no {net} backbone of torchvision's")
+        state[name] = features[wanted].float()
+    try:
+        model.net.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds another network than torchvision's {net}") from error
+
+
+class PerceptualLoss(nn.Module):
+    """The learned perceptual distance LPIPS v0.1 (Zhang et al. 2018).
+
+    The modules are lpips' own. The forward pass is ours: the target's features build no graph, and
+    features are normalised and compared in fp32, where lpips' ε of 1e-10 is not lost (in fp16 it is
+    0, and a flat image gives NaN).
+    """
+
+    def __init__(self, net: str = "alex", path: str | None = None) -> None:
+        super().__init__()
+        self.lpips = load_backbone(net, path)
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        """Stays in eval mode: lpips' dropout has no place in a loss."""
+        return super().train(False)
+
+    def forward(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        """The distance of each pair of images in [-1, 1], of shape (B, 3, H, W); returns (B,)."""
+        with torch.no_grad():
+            wanted = self._features(target)
+        distance = torch.zeros(len(target), device=target.device)
+        for layer, (a, b) in zip(
+            self.lpips.lins, zip(wanted, self._features(reconstruction), strict=True), strict=True
+        ):
+            with torch.autocast(target.device.type, enabled=False):
+                difference = (_unit(a.float()) - _unit(b.float())).square()
+                distance = distance + layer(difference).mean(dim=(1, 2, 3))
+        return distance
+
+    def _features(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.lpips.net(self.lpips.scaling_layer(images))
+
+
+def _unit(features: Tensor) -> Tensor:
+    # vector_norm's gradient at 0 is 0, where sqrt(sum(x²))'s is NaN.
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / (norm + _NORM_EPSILON)

@@ -1,0 +1,114 @@
+"""Between raw latents, as the encoder gives them, and final latents, as a denoiser wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from pydantic import BaseModel
+from torch import Tensor
+
+from latent_ae.bottlenecks import gaussian_kl
+
+__all__ = ["LatentScaling", "LatentStatistics"]
+
+
+class LatentScaling(BaseModel):
+    """The four numbers of a diffusers config that scale latents.
+
+    final = (raw − mean) · scaling_factor / std, with the channels' `latents_mean` and
+    `latents_std`, as in diffusers' `StableDiffusionXLPipeline`; without them
+    final = (raw − shift_factor) · scaling_factor, as in its `StableDiffusion3Pipeline`.
+    """
+
+    scaling_factor: float = 1.0
+    shift_factor: float | None = None
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+
+    @classmethod
+    def of(cls, network: AutoencoderKL) -> LatentScaling:
+        """Reads them from a network's config."""
+        return cls(**{name: network.config.get(name) for name in cls.model_fields})  # pyright: ignore
+
+    def to_final(self, raw: Tensor) -> Tensor:
+        """Raw to final latents, of shape (c, h, w) or (B, c, h, w)."""
+        mean, factor = self._shift_and_factor(raw)
+        return (raw - mean) * factor
+
+    def to_raw(self, final: Tensor) -> Tensor:
+        """The inverse of `to_final`."""
+        mean, factor = self._shift_and_factor(final)
+        return final / factor + mean
+
+    def _shift_and_factor(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        def channels(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, 1, 1)
+
+        if self.latents_mean is not None and self.latents_std is not None:
+            return channels(self.latents_mean), self.scaling_factor / channels(self.latents_std)
+        return channels([self.shift_factor or 0.0]), channels([self.scaling_factor])
+
+
+class LatentStatistics:
+    """Moments of the aggregate posterior, exact over any number of batches, in float64.
+
+    The law of total variance gives them without sampling noise: the variance of z ~ q(z|x) over
+    pictures is Var[μ(x)] + E[σ²(x)].
+    """
+
+    def __init__(self) -> None:
+        self.count = 0  # latent elements a channel
+        self.images = 0
+        self._sum = self._square = self._variance = self._kl = torch.zeros(())
+
+    def update(self, mean: Tensor, logvar: Tensor) -> None:
+        """Adds posteriors; both of shape (B, c, h, w)."""
+        mean, logvar = mean.double().cpu(), logvar.double().cpu()
+        over = (0, 2, 3)
+        self._sum = self._sum + mean.sum(over)
+        self._square = self._square + mean.square().sum(over)
+        self._variance = self._variance + logvar.exp().sum(over)
+        self._kl = self._kl + gaussian_kl(mean, logvar).sum(over)
+        self.count += mean[:, 0].numel()
+        self.images += len(mean)
+
+    @property
+    def channel_mean(self) -> list[float]:
+        """Mean of each channel."""
+        return (self._sum / self.count).tolist()
+
+    @property
+    def channel_std(self) -> list[float]:
+        """Standard deviation of each channel about its own mean, posterior noise included."""
+        mean = self._sum / self.count
+        variance = (self._square + self._variance) / self.count - mean.square()
+        return variance.sqrt().tolist()
+
+    @property
+    def mean(self) -> float:
+        """Mean over all channels."""
+        return (self._sum / self.count).mean().item()
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over all channels about the common mean."""
+        variance = ((self._square + self._variance) / self.count).mean() - self.mean**2
+        return variance.sqrt().item()
+
+    @property
+    def kl_per_image(self) -> float:
+        """KL(q(z|x) ‖ N(0, I)) of an image, in nats."""
+        return self._kl.sum().item() / self.images
+
+    def summary(self) -> dict[str, float | int | list[float]]:
+        """All of it, for a JSON file."""
+        return {
+            "images": self.images,
+            "mean": self.mean,
+            "std": self.std,
+            "channel_mean": self.channel_mean,
+            "channel_std": self.channel_std,
+            "kl_nats_per_image": self.kl_per_image,
+        }
