@@ -44,7 +44,7 @@ _HOME = {
     "decode": "latents",
     "encode": "latents",
     "evaluate": "evaluation",
-    "export": "export_run",
+    "export_run": "export",
     "load_config": "config_file",
     "load_network": "autoencoder",
     "train": "training",

@@ -85,10 +85,13 @@ def export_run(
     network = network.to(default_device()).eval()  # pyright: ignore
     measured, sample = measure_latents(network, _measuring_data(config, data), images)
     network.register_to_config(**_scaling(measured, statistics).model_dump())
+    if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
+        network.register_to_config(sample_size=max(256, config.data.resolution))
     aside = out.with_name(out.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         network.save_pretrained(aside)
+        _forget_origin(aside / "config.json")
         _require_same(network, aside, sample)
         record = _record(config, folder, progress, measured, aside)
         (aside / "latent_ae.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -117,6 +120,13 @@ def measure_latents(
         sample = normalize(next(stream).images.to(network.device))
         measured.update(*split_moments(encode_moments(network, sample)))
     return measured, sample
+
+
+def _forget_origin(file: Path) -> None:
+    """Takes out the path of the checkpoint, which means nothing on another machine."""
+    content = json.loads(file.read_text())
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _measuring_data(config: Config, data: str | Path | None) -> DataConfig:

@@ -32,9 +32,9 @@ def decode_image(value: Any) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of odd metadata and of large pictures; neither changes the pixels.
             warnings.simplefilter("ignore")
-            picture = _open(value)
-            picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture))
+            with _open(value) as picture:
+                picture.load()
+                return to_rgb(ImageOps.exif_transpose(picture))
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type there is

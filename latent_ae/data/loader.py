@@ -149,6 +149,9 @@ class TrainingStream:
             "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
             "num_workers": config.workers,
+            # Left to itself a loader draws from torch's global generator: the posterior noise of a
+            # resumed run would differ from that of one never stopped.
+            "generator": torch.Generator(),
         }
         self._loader: DataLoader | StatefulDataLoader
         if config.streaming:
@@ -248,6 +251,7 @@ def evaluation_batches(
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=workers,
+        generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
     found, last = 0, None

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-from collections.abc import Iterator
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 import torch
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
-from torch import Tensor
 
 from latent_ae.autoencoder import (
     default_device,
@@ -23,24 +17,20 @@ from latent_ae.autoencoder import (
     encode_moments,
     load_network,
     require_divisible,
-    weights_sha256,
 )
 from latent_ae.bottlenecks import split_moments
 from latent_ae.config import SourceConfig
-from latent_ae.data import Batch, Sample, evaluation_batches, normalize, open_source, source_of
+from latent_ae.data import Batch, evaluation_batches, normalize, open_source, source_of
 from latent_ae.errors import UserError
 from latent_ae.latents.format import (
-    INDEX_SCHEMA,
     MANIFEST,
     AutoencoderRecord,
     LatentsManifest,
     Preprocessing,
-    ShardRecord,
     SkippedRecord,
-    index_name,
-    shard_name,
 )
-from latent_ae.scaling import LatentScaling, LatentStatistics
+from latent_ae.latents.writer import ShardWriter, write_whole
+from latent_ae.scaling import LatentStatistics
 
 __all__ = ["DTYPES", "encode"]
 
@@ -88,19 +78,16 @@ def encode(
     network = load_network(model).to(torch.device(device or default_device())).eval()  # pyright: ignore
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore
     require_divisible(resolution, network)
-    config = data if isinstance(data, SourceConfig) else source_of(data)
-    source = open_source(config)
+    source = open_source(data if isinstance(data, SourceConfig) else source_of(data))
     out = _claim(Path(out))
-    side = resolution // downsampling(network)
-    shape = (network.config["latent_channels"], side, side)
-    writer = _ShardWriter(out, DTYPES[dtype], shard_rows)
-    statistics = LatentStatistics()
-    batches: Iterator[Batch] = evaluation_batches(
+    writer, statistics = ShardWriter(out, DTYPES[dtype], shard_rows), LatentStatistics()
+    batches: Iterable[Batch] = evaluation_batches(
         source, resolution, batch_size=batch_size, workers=workers, limit=limit
     )
     if console is not None:
-        total = -(-len(source.rows) // batch_size) if hasattr(source.rows, "__len__") else None  # pyright: ignore
-        batches = iter(track(batches, "encode", total=total, console=console))
+        rows = len(source.rows) if hasattr(source.rows, "__len__") else limit
+        total = None if rows is None else -(-min(rows, limit or rows) // batch_size)
+        batches = track(batches, "encode", total=total, console=console)
     for batch in batches:
         writer.skipped += [SkippedRecord(**vars(skip)) for skip in batch.skipped]
         if not batch.samples:
@@ -112,14 +99,9 @@ def encode(
         writer.add(batch.samples, mean.cpu(), logvar.cpu())
     writer.flush()
     manifest = LatentsManifest(
-        autoencoder=AutoencoderRecord(
-            path=str(Path(model).resolve()),
-            weights_sha256=weights_sha256(model),
-            class_name=type(network).__name__,
-            **LatentScaling.of(network).model_dump(),
-        ),
+        autoencoder=AutoencoderRecord.of_folder(model, network),
         preprocessing=Preprocessing(resolution=resolution),
-        latent_shape=shape,
+        latent_shape=_latent_shape(network, resolution),
         dtype=dtype,
         count=writer.count,
         label_names=source.label_names,
@@ -127,11 +109,15 @@ def encode(
         shards=writer.shards,
         skipped=writer.skipped,
         statistics=statistics.summary(),
-        versions={n: version(n) for n in ("latent_ae", "torch", "diffusers")}
-        | {"python": platform.python_version()},
+        versions={name: version(name) for name in ("latent_ae", "torch", "diffusers")},
     )
-    _write_whole(out / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    write_whole(out / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
+
+
+def _latent_shape(network: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    side = resolution // downsampling(network)
+    return (network.config["latent_channels"], side, side)
 
 
 def _claim(out: Path) -> Path:
@@ -151,75 +137,3 @@ def _claim(out: Path) -> Path:
     for file in out.iterdir():
         file.unlink()
     return out
-
-
-class _ShardWriter:
-    """Gathers rows and writes a shard, then its index, when there are enough."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, shard_rows: int) -> None:
-        self.folder, self.dtype, self.shard_rows = folder, dtype, shard_rows
-        self.count, self.highest_label = 0, -1
-        self.shards: list[ShardRecord] = []
-        self.skipped: list[SkippedRecord] = []
-        self._samples: list[Sample] = []
-        self._means: list[Tensor] = []
-        self._logvars: list[Tensor] = []
-
-    def add(self, samples: list[Sample], mean: Tensor, logvar: Tensor) -> None:
-        for name, values in (("mean", mean), ("logvar", logvar)):
-            if not torch.isfinite(values.to(self.dtype)).all():
-                reason = "is not finite" if not torch.isfinite(values).all() else "overflows"
-                raise UserError(
-                    f"the {name} of one of {', '.join(s.key for s in samples)} {reason} in "
-                    f"{self.dtype}; store float32, or check the autoencoder"
-                )
-        self._samples += samples
-        self._means += list(mean.to(self.dtype))
-        self._logvars += list(logvar.to(self.dtype))
-        while len(self._samples) >= self.shard_rows:
-            self._write(self.shard_rows)
-
-    def flush(self) -> None:
-        if self._samples:
-            self._write(len(self._samples))
-
-    def _write(self, rows: int) -> None:
-        number = len(self.shards)
-        samples, self._samples = self._samples[:rows], self._samples[rows:]
-        tensors = {
-            "mean": torch.stack(self._means[:rows]).contiguous(),
-            "logvar": torch.stack(self._logvars[:rows]).contiguous(),
-        }
-        self._means, self._logvars = self._means[rows:], self._logvars[rows:]
-        file = self.folder / shard_name(number)
-        aside = file.with_name(file.name + ".tmp")
-        save_file(tensors, aside)
-        digest = hashlib.sha256(aside.read_bytes()).hexdigest()
-        aside.rename(file)
-        index = pa.Table.from_pylist(
-            [
-                {
-                    **{name: getattr(s, name) for name in ("key", "label", "caption")},
-                    **{"width": s.width, "height": s.height, "shard": number, "row": row},
-                }
-                for row, s in enumerate(samples)
-            ],
-            schema=INDEX_SCHEMA,
-        )
-        buffer = pa.BufferOutputStream()
-        pyarrow.parquet.write_table(index, buffer)
-        _write_whole(self.folder / index_name(number), buffer.getvalue().to_pybytes())
-        record = ShardRecord(file=file.name, index=index_name(number), rows=rows, sha256=digest)
-        self.shards.append(record)
-        self.count += rows
-        labels = [s.label for s in samples if s.label is not None]
-        self.highest_label = max([self.highest_label, *labels])
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+from diffusers import AutoencoderKL
 from pydantic import BaseModel, ValidationError
 
+from latent_ae.autoencoder import weights_sha256
 from latent_ae.errors import UserError
 from latent_ae.scaling import LatentScaling
 
@@ -48,6 +50,16 @@ class AutoencoderRecord(LatentScaling):
     path: str
     weights_sha256: str
     class_name: str
+
+    @classmethod
+    def of_folder(cls, folder: str | Path, network: AutoencoderKL) -> AutoencoderRecord:
+        """The record of a network that was loaded from a folder."""
+        return cls(
+            path=str(Path(folder).resolve()),
+            weights_sha256=weights_sha256(folder),
+            class_name=type(network).__name__,
+            **LatentScaling.of(network).model_dump(),
+        )
 
 
 class Preprocessing(BaseModel):

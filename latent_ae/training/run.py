@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
@@ -93,7 +94,10 @@ def prepare(config: Config) -> Run:
     )
     network = model.network
     # From here on only the wrapped forward passes may be called in training.
-    wrapped, objective, optimizer = accelerator.prepare(model, objective, optimizer)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    # DDP refuses a module that has nothing to train: without a learned variance, only autocast.
+    fixed = not any(p.requires_grad for p in objective.parameters())
+    objective = accelerator.prepare_model(objective, evaluation_mode=fixed)
     ema = None
     if config.training.ema:
         ema = EMAModel(network.parameters(), decay=config.training.ema, foreach=True)
@@ -129,14 +133,17 @@ def _accelerator(config: Config) -> Accelerator:
     folder = ProjectConfiguration(project_dir=config.output)
     # Training decides the number of micro-steps, not the launcher's environment.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    try:
-        return Accelerator(
-            mixed_precision=_PRECISIONS[config.training.precision],
-            gradient_accumulation_steps=config.training.accumulation,
-            project_config=folder,
-        )
-    except ValueError as error:  # such as fp16 without a GPU
-        raise UserError(f"training.precision {config.training.precision}: {error}") from error
+    # A process that trains twice may do so in another precision; Accelerate keeps the first one's.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=_PRECISIONS[config.training.precision],
+        gradient_accumulation_steps=config.training.accumulation,
+        project_config=folder,
+    )
+    if config.training.precision == "fp16" and accelerator.scaler is None:
+        # Accelerate would train on, without the scaling that keeps small gradients from vanishing.
+        raise UserError("training.precision fp16 needs a GPU; take bf16 or fp32 on this machine")
+    return accelerator
 
 
 def _claim(folder: RunFolder, config: Config, accelerator: Accelerator) -> None:

@@ -70,7 +70,7 @@ def validate(run: Run, config: ValidationConfig) -> dict[str, float]:
     columns = {
         "input": images,
         "reconstruction": decoded,
-        "error × 4": error_map(images, decoded),
+        "error (4x)": error_map(images, decoded),
     }
     save_sheet(run.folder.sheet(run.step), columns)
     return metrics.compute()

@@ -1,0 +1,83 @@
+"""The house rules: floors, sizes of files and functions."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "latent_ae"
+
+# A module imports only from floors below its own; a package is one place.
+FLOORS = {
+    "errors": 0,
+    "outputs": 0,
+    "config": 1,
+    "config_file": 2,
+    "data": 2,
+    "bottlenecks": 2,
+    "losses": 2,
+    "pictures": 2,
+    "autoencoder": 3,
+    "scaling": 3,
+    "metrics": 3,
+    "objective": 3,
+    "run_folder": 4,
+    "training": 5,
+    "evaluation": 5,
+    "export": 5,
+    "latents": 5,
+    "describe": 5,
+    "cli": 6,
+    "__init__": 7,
+    "__main__": 7,
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def place(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("latent_ae."):
+                yield name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_come_from_below(path):
+    own = place(path)
+    for other in imports(path):
+        if other != own:
+            assert FLOORS[other] < FLOORS[own], f"{own} imports {other}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    MODULES + sorted((ROOT / "pipelines").glob("*.py")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            length = node.end_lineno - node.lineno + 1 - docstring.count("\n")
+            assert length <= 60, f"{node.name} has {length} lines"
+    if path.name != "train_denoiser.py":
+        assert len(text.splitlines()) <= 350
+
+
+def test_nobody_reads_pickles_or_trusts_files():
+    for path in MODULES + sorted((ROOT / "pipelines").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), path

@@ -1,0 +1,118 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from latent_ae import cli
+from latent_ae.config_file import dump_yaml
+
+VERBS = ("train", "export", "evaluate", "encode", "decode", "config")
+
+
+def run(capsys, monkeypatch, *arguments):
+    """The command line in this process: exit code, standard output and error."""
+    monkeypatch.setattr(sys, "argv", ["latent-ae", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_and_how(capsys, monkeypatch, verb):
+    code, out, _ = run(capsys, monkeypatch, verb, "--help")
+    assert code == 0
+    assert len(out.splitlines()) > 10
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    script = (
+        "import sys; sys.argv = ['latent-ae', '--help']\n"
+        "import latent_ae, latent_ae.cli\n"
+        "try: latent_ae.cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'datasets', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    took = []
+    for _ in range(3):  # other work on the machine may slow one of them
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.5
+
+
+def test_the_whole_way_from_the_command_line(capsys, monkeypatch, tiny, photos, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_yaml(tiny()))
+
+    def go(*arguments):
+        code, out, err = run(capsys, monkeypatch, *arguments)
+        assert code == 0, err
+        return out, err
+
+    go("train", config, "training.steps=2", f"output={tmp_path / 'run'}")
+    _, err = go("export", tmp_path / "run", tmp_path / "ae", "--images", 4, "--statistics", "shift")
+    assert "ignore shift_factor" in err.replace("\n", " ")
+    out, _ = go(
+        "evaluate", tmp_path / "ae", photos, "--resolution", 64, "--json", tmp_path / "m.json"
+    )
+    assert "Lanczos" in out
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"]["psnr"] > 0
+    go("encode", tmp_path / "ae", photos, tmp_path / "latents", "--resolution", 64)
+    go("decode", tmp_path / "latents", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "coffee.png.png").is_file()
+
+
+def test_config_prints_what_reads_back_and_what_it_means(capsys, monkeypatch, tiny, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_yaml(tiny()))
+    code, out, _ = run(capsys, monkeypatch, "config", config, "data.batch_size=3")
+    assert code == 0
+    resolved = yaml.safe_load(out)
+    assert resolved["data"]["batch_size"] == 3
+    for words in (
+        "parameters",
+        "4 × 16 × 16 (f2, 4 channels)",
+        "effective batch",
+        "3 image values",
+    ):
+        assert words in out
+    code, out, _ = run(capsys, monkeypatch, "config", "--schema")
+    assert code == 0
+    assert "properties" in json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "none.yaml"], "there is no config file none.yaml"),
+        (["evaluate", "none", "none"], "none is no exported autoencoder"),
+        (["export", "none", "out"], "none is no training run"),
+        (["encode", "none", "none", "out"], "none is no exported autoencoder"),
+        (["decode", "none", "out"], "none is no finished latents folder"),
+        (["config"], "give a YAML file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert not out
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_m_latent_ae():
+    result = subprocess.run(
+        [sys.executable, "-m", "latent_ae", "config", "nothing.yaml"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")

@@ -1,0 +1,224 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import NAMES, photograph
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from latent_ae import LatentDataset, UserError, decode, encode, load_network
+from latent_ae.autoencoder import decode_latents, encode_moments
+from latent_ae.data import CenterCrop, normalize, to_uint8
+from latent_ae.latents import read_manifest, weights_sha256
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Four photographs in two folders, which are their labels, and a broken one."""
+    root = tmp_path_factory.mktemp("labelled")
+    for name in NAMES:
+        folder = root / ("people" if name == "astronaut" else "things")
+        folder.mkdir(exist_ok=True)
+        photograph(name, 80).save(folder / f"{name}.png")
+    (root / "things" / "broken.png").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def latents(exported, labelled, tmp_path_factory):
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    encode(
+        exported,
+        labelled,
+        out,
+        resolution=64,
+        batch_size=2,
+        workers=0,
+        dtype="float32",
+        shard_rows=3,
+    )
+    return out
+
+
+def test_the_folder_is_what_its_manifest_says(latents, exported):
+    manifest = read_manifest(latents)
+    assert manifest.count == 4
+    assert manifest.latent_shape == (4, 32, 32)
+    assert manifest.label_names == ["people", "things"]
+    assert manifest.num_classes == 2
+    assert [(s.key, "Unidentified" in s.reason) for s in manifest.skipped] == [
+        ("things/broken.png", True)
+    ]
+    assert manifest.autoencoder.weights_sha256 == weights_sha256(exported)
+    assert [shard.rows for shard in manifest.shards] == [3, 1]
+    written = {path.name for path in latents.iterdir()}
+    listed = {name for shard in manifest.shards for name in (shard.file, shard.index)}
+    assert written == listed | {"manifest.json"}
+    index = pyarrow.parquet.read_table(latents / manifest.shards[0].index).to_pylist()
+    assert index[0] == {
+        "key": "people/astronaut.png",
+        "label": 0,
+        "caption": None,
+        "width": 80,
+        "height": 80,
+        "shard": 0,
+        "row": 0,
+    }
+
+
+def test_moments_are_those_of_the_encoder(latents, exported, labelled):
+    network, dataset = load_network(exported), LatentDataset(latents, sample=False, scale=False)
+    for position in range(len(dataset)):
+        row = dataset[position]
+        picture = Image.open(labelled / row["key"])
+        image = normalize(CenterCrop(64)(picture.convert("RGB")))[None]
+        with torch.no_grad():
+            wanted = encode_moments(network, image)[0]
+        mean, logvar = dataset.moments(position)
+        torch.testing.assert_close(torch.cat([mean, logvar]), wanted, rtol=1e-4, atol=1e-4)
+        assert torch.equal(row["latents"], mean)
+
+
+def test_samples_are_drawn_anew_and_scaled(latents):
+    dataset = LatentDataset(latents)
+    torch.manual_seed(0)
+    draws = torch.stack([dataset[1]["latents"] for _ in range(300)])
+    mean, logvar = dataset.moments(1)
+    scaling = dataset.manifest.autoencoder
+    torch.testing.assert_close(draws.mean(0), scaling.to_final(mean), rtol=0, atol=0.35)
+    ratio = draws.std(0) / ((0.5 * logvar).exp() * scaling.scaling_factor)
+    assert ratio.mean().item() == pytest.approx(1, abs=0.01)
+    everything = torch.stack([row["latents"] for row in dataset])
+    assert everything.std().item() == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_reads_it_in_any_process(latents, workers):
+    dataset = LatentDataset(latents, sample=False)
+    dataset[0]  # opens a shard, which must not travel to the workers
+    pickle.loads(pickle.dumps(dataset))[0]
+    (batch,) = DataLoader(dataset, batch_size=4, num_workers=workers)
+    assert batch["latents"].shape == (4, 4, 32, 32)
+    assert batch["label"].tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_smaller_types_lose_little(exported, labelled, latents, tmp_path, dtype):
+    encode(exported, labelled, tmp_path / "out", resolution=64, workers=2, dtype=dtype)
+    assert load_file(tmp_path / "out" / "shard-00000.safetensors")["mean"].dtype == getattr(
+        torch, dtype
+    )
+    small, exact = (LatentDataset(f, sample=False) for f in (tmp_path / "out", latents))
+    tolerance = {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    for a, b in zip(small, exact, strict=True):
+        scale = b["latents"].abs().max().item()
+        torch.testing.assert_close(a["latents"], b["latents"], rtol=0, atol=tolerance * scale)
+
+
+def test_decode_gives_the_reconstruction_back(latents, exported, tmp_path):
+    assert decode(latents, tmp_path / "out", batch_size=3) == 4
+    dataset, network = LatentDataset(latents, sample=False, scale=False), load_network(exported)
+    for row in dataset:
+        file = tmp_path / "out" / f"{row['key']}.png"
+        with torch.no_grad():
+            wanted = to_uint8(decode_latents(network, row["latents"][None]))[0]
+        written = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+        assert (written.int() - wanted.int()).abs().max() <= 1
+
+
+def test_keys_cannot_leave_the_folder(latents, exported, tmp_path):
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    for file in latents.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    table = pyarrow.parquet.read_table(folder / "index-00001.parquet")
+    evil = pyarrow.array(["../../evil"], pyarrow.string())
+    table = table.set_column(0, "key", evil)
+    pyarrow.parquet.write_table(table, folder / "index-00001.parquet")
+    decode(folder, tmp_path / "out", model=exported)
+    assert (tmp_path / "out" / "evil.png").is_file()
+    assert not list(tmp_path.parent.glob("evil*"))
+
+
+def test_another_autoencoder_is_refused(latents, exported, tmp_path):
+    network = load_network(exported)
+    with torch.no_grad():
+        network.decoder.conv_out.bias.add_(1)
+    network.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="another autoencoder"):
+        decode(latents, tmp_path / "out", model=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_finished_is_overwritten(latents, exported, labelled, tmp_path):
+    before = {path.name: path.read_bytes() for path in latents.iterdir()}
+    with pytest.raises(UserError, match="finished latents"):
+        encode(exported, labelled, latents, resolution=64, workers=0)
+    assert {path.name: path.read_bytes() for path in latents.iterdir()} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
+        encode(exported, labelled, tmp_path, resolution=64, workers=0)
+
+
+def test_an_interrupted_folder_is_no_data_set_and_is_begun_again(
+    latents, exported, labelled, tmp_path
+):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "shard-00000.safetensors").write_bytes(b"from a run that was killed")
+    with pytest.raises(UserError, match="no finished latents folder"):
+        LatentDataset(folder)
+    encode(
+        exported,
+        labelled,
+        folder,
+        resolution=64,
+        batch_size=2,
+        workers=0,
+        dtype="float32",
+        shard_rows=3,
+    )
+    for file in latents.glob("shard-*"):
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_damage_is_named(latents, tmp_path):
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    manifest = json.loads((latents / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors is missing"):
+        LatentDataset(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        LatentDataset(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        LatentDataset(folder)
+
+
+def test_overflow_and_nan_are_refused_by_name(exported, labelled, tmp_path):
+    network = load_network(exported)
+    with torch.no_grad():
+        network.quant_conv.bias[0] = 1e6
+    network.save_pretrained(tmp_path / "large")
+    with pytest.raises(UserError, match=r"mean .*astronaut.* overflows .*float32"):
+        encode(tmp_path / "large", labelled, tmp_path / "out", resolution=64, workers=0)
+    with torch.no_grad():
+        network.quant_conv.bias[0] = float("nan")
+    network.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="is not finite"):
+        encode(tmp_path / "broken", labelled, tmp_path / "out", resolution=64, workers=0)
+
+
+def test_wrong_arguments(exported, labelled, tmp_path):
+    with pytest.raises(UserError, match="no multiple of the network's factor 2"):
+        encode(exported, labelled, tmp_path / "out", resolution=63)
+    with pytest.raises(UserError, match="dtype 'int8' is unknown"):
+        encode(exported, labelled, tmp_path / "out", dtype="int8")
+    assert not Path(tmp_path / "out").exists()

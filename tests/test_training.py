@@ -1,0 +1,251 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NAMES, photograph
+from safetensors.torch import load_file
+
+from latent_ae import UserError, train
+from latent_ae.config import NetworkConfig, TrainingConfig
+from latent_ae.config_file import dump_yaml
+from latent_ae.run_folder import RunFolder
+from latent_ae.training import learning_rate
+
+ROOT = Path(__file__).parents[1]
+
+
+def weights(run, step, name="network/diffusion_pytorch_model.safetensors"):
+    return load_file(RunFolder(run).checkpoint(step) / name)
+
+
+def assert_equal(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def rows(run, group):
+    lines = (json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["group"] == group]
+
+
+def test_learning_rate_rises_holds_and_falls():
+    def rates(schedule):
+        config = TrainingConfig(steps=10, learning_rate=1.0, warmup_steps=2, schedule=schedule)
+        return [learning_rate(config, step) for step in range(11)]
+
+    for schedule in ("constant", "linear", "cosine"):
+        assert rates(schedule)[:3] == [0.5, 1.0, 1.0]
+    assert rates("constant")[-1] == 1.0
+    assert rates("linear")[6] == pytest.approx(0.5)
+    assert rates("cosine")[6] == pytest.approx(0.5)
+    assert rates("linear")[10] == rates("cosine")[10] == 0
+
+
+def test_a_run_leaves_what_it_promises(run_folder):
+    folder = RunFolder(run_folder)
+    assert [path.name for path in folder.all_checkpoints()] == ["step-000000002", "step-000000004"]
+    assert {row["step"] for row in rows(run_folder, "train")} == {2, 4}
+    (validation,) = rows(run_folder, "validation")
+    assert {"psnr", "ssim", "lpips"} <= validation.keys()
+    assert folder.sheet(4).is_file()
+    assert list((run_folder / "tensorboard").iterdir())
+    assert {"l1", "lpips", "kl", "total", "gradient_norm", "images_per_second"} <= rows(
+        run_folder, "train"
+    )[0].keys()
+
+
+def test_training_learns_a_photograph(tiny, quiet, tmp_path):
+    (tmp_path / "one").mkdir()
+    photograph("coffee", 32).save(tmp_path / "one" / "coffee.png")
+    config = tiny(
+        data={"path": str(tmp_path / "one"), "flip": False},
+        losses={"perceptual": None},
+        training={"steps": 120, "learning_rate": 5e-3, "log_every": 10, "checkpoint_every": 120},
+        validation=None,
+    )
+    run = train(config, quiet)
+    losses = [row["l1"] for row in rows(run, "train")]
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_ema_is_the_average_it_says(tiny, quiet):
+    """Replays the average from the checkpoints of every step."""
+    training = {"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9, "ema": 0.5}
+    run = train(tiny(training=training, validation=None), quiet)
+    averaged = weights(run, 1, "ema.safetensors")
+    for step in range(2, 5):
+        # diffusers' warm-up of the decay: min(decay, (1 + n) / (10 + n)) after n earlier updates.
+        n = step - 1
+        decay = min(0.5, (1 + n) / (10 + n))
+        now = weights(run, step)
+        averaged = {k: decay * averaged[k] + (1 - decay) * now[k] for k in averaged}
+        saved = weights(run, step, "ema.safetensors")
+        assert_equal(saved, averaged, rtol=1e-4, atol=1e-6)
+    assert_equal(dict(RunFolder(run).trained_network()[0].state_dict()), saved)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_ends_bit_equal(tiny, quiet, workers):
+    """Stopped after 3 of 6 steps, in the middle of an epoch, with accumulation and bf16."""
+    training = {
+        "steps": 6,
+        "checkpoint_every": 3,
+        "accumulation": 2,
+        "precision": "bf16",
+        "schedule": "cosine",
+    }
+    config = tiny(training=training, data={"workers": workers}, losses={"variance": "learned"})
+    run = train(config, quiet)
+    whole = [
+        weights(run, 6, name)
+        for name in (
+            "network/diffusion_pytorch_model.safetensors",
+            "ema.safetensors",
+            "objective.safetensors",
+        )
+    ]
+    log = [{k: v for k, v in row.items() if "second" not in k} for row in rows(run, "train")]
+    shutil.rmtree(RunFolder(run).checkpoint(6))
+    # What a kill during a save leaves behind must not matter.
+    (RunFolder(run).checkpoints / "step-000000006.tmp").mkdir()
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "gro')
+    train(config, quiet)
+    again = [
+        weights(run, 6, name)
+        for name in (
+            "network/diffusion_pytorch_model.safetensors",
+            "ema.safetensors",
+            "objective.safetensors",
+        )
+    ]
+    for a, b in zip(whole, again, strict=True):
+        assert_equal(a, b)
+    resumed = [{k: v for k, v in row.items() if "second" not in k} for row in rows(run, "train")]
+    assert [row["step"] for row in resumed] == [row["step"] for row in log]
+    assert resumed[-1] == log[-1]
+
+
+def test_a_finished_run_does_nothing_more_and_more_steps_go_on(tiny, quiet):
+    run = train(tiny(validation=None), quiet)
+    before = weights(run, 4)
+    train(tiny(validation=None), quiet)
+    assert_equal(weights(run, 4), before)
+    train(tiny(validation=None, training={"steps": 6}), quiet)
+    assert weights(run, 6)
+
+
+def test_accumulation_equals_the_larger_batch(tiny, quiet):
+    plain = {"validation": None, "bottleneck": {"weight": 0}, "losses": {"perceptual": None}}
+    one = train(tiny(data={"batch_size": 4}, output=str(tiny().output) + "-1", **plain), quiet)
+    two = train(
+        tiny(training={"accumulation": 2}, output=str(tiny().output) + "-2", **plain), quiet
+    )
+    assert_equal(weights(one, 4), weights(two, 4), rtol=1e-3, atol=2e-5)
+
+
+def launch(config, path, processes):
+    """Several processes over gloo; `accelerate launch --cpu` starts one only, without MPI."""
+    path.write_text(dump_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "latent_ae", "train", str(path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tiny, quiet, tmp_path):
+    """DDP over gloo, two of batch 2 against one of 4; the code deterministic, as noise is local."""
+    plain = {
+        "bottleneck": {"weight": 0},
+        "losses": {"perceptual": None, "variance": "learned"},
+        "validation": None,
+    }
+    one = tiny(data={"batch_size": 4}, output=str(tmp_path / "one"), **plain)
+    two = tiny(output=str(tmp_path / "two"), **plain)
+    train(one, quiet)
+    launch(two, tmp_path / "two.yaml", processes=2)
+    for name in ("network/diffusion_pytorch_model.safetensors", "objective.safetensors"):
+        a, b = (weights(tmp_path / run, 4, name) for run in ("one", "two"))
+        assert_equal(a, b, rtol=1e-3, atol=2e-5)
+    assert len(list(RunFolder(tmp_path / "two").checkpoint(4).glob("process-*.pt"))) == 2
+    progress = (RunFolder(tmp_path / "two").checkpoint(4) / "progress.json").read_text()
+    assert json.loads(progress) == {"step": 4, "images": 16, "processes": 2}
+
+
+def test_noise_differs_between_processes_and_the_log_is_written_once(tiny, tmp_path):
+    config = tiny(validation=None, losses={"perceptual": None})
+    launch(config, tmp_path / "run.yaml", processes=2)
+    states = [
+        torch.load(RunFolder(config.output).checkpoint(4) / f"process-{rank}.pt", weights_only=True)
+        for rank in (0, 1)
+    ]
+    assert not torch.equal(states[0]["rng"]["torch"], states[1]["rng"]["torch"])
+    assert [row["step"] for row in rows(config.output, "train")] == [2, 4]
+
+
+def test_validation_uses_the_average_and_leaves_the_weights(tiny, quiet):
+    with_validation = train(tiny(output=str(tiny().output) + "-a"), quiet)
+    without = train(tiny(validation=None, output=str(tiny().output) + "-b"), quiet)
+    assert_equal(weights(with_validation, 4), weights(without, 4))
+
+
+def test_unreadable_pictures_do_not_stop_training(tiny, quiet, tmp_path):
+    folder = tmp_path / "spoiled"
+    folder.mkdir()
+    for name in NAMES[:2]:
+        photograph(name, 48).save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    run = train(tiny(data={"path": str(folder)}, validation=None), quiet)
+    assert weights(run, 4)
+
+
+def test_another_network_in_the_same_folder_is_refused(tiny, quiet):
+    train(tiny(validation=None), quiet)
+    with pytest.raises(UserError, match="another network"):
+        train(tiny(validation=None, network={"latent_channels": 8}), quiet)
+    with pytest.raises(UserError, match=r"another training\.ema"):
+        train(tiny(validation=None, training={"ema": 0.0}), quiet)
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tiny, quiet):
+    run = train(tiny(validation=None), quiet)
+    (RunFolder(run).checkpoint(4) / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match=r"step-000000004 cannot be restored"):
+        train(tiny(validation=None, training={"steps": 6}), quiet)
+
+
+def test_fp16_without_a_gpu_is_refused(tiny, quiet):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=r"training\.precision fp16"):
+        train(tiny(training={"precision": "fp16"}), quiet)
+
+
+def test_resolution_must_suit_a_loaded_network(tiny, quiet, exported):
+    config = tiny(network=None, data={"resolution": 40}, validation=None)
+    data = config.data.model_copy(update={"resolution": 33})
+    network = NetworkConfig(path=str(exported))
+    config = config.model_copy(update={"network": network, "data": data})
+    with pytest.raises(UserError, match=r"data\.resolution 33"):
+        train(config, quiet)
+
+
+def test_fine_tuning_starts_from_the_folder(tiny, quiet, exported):
+    config = tiny(network=None, training={"steps": 1, "learning_rate": 1e-9, "ema": 0.0})
+    config = config.model_copy(update={"network": NetworkConfig(path=str(exported))})
+    run = train(config, quiet)
+    assert_equal(
+        weights(run, 1),
+        load_file(exported / "diffusion_pytorch_model.safetensors"),
+        rtol=0,
+        atol=1e-7,
+    )
