@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from latent_ae import UserError, train
 from latent_ae.config import NetworkConfig, TrainingConfig
-from latent_ae.config_file import dump_yaml
+from latent_ae.config_file import dump_yaml, load_config
 from latent_ae.run_folder import RunFolder
 from latent_ae.training import learning_rate
 
@@ -249,3 +249,34 @@ def test_fine_tuning_starts_from_the_folder(tiny, quiet, exported):
         rtol=0,
         atol=1e-7,
     )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_takes_a_step(path, photos, quiet, tmp_path):
+    """Shrunk in width, size and batch; its losses, schedule and everything else as written."""
+    recipe = load_config(path)
+    widths = [8] * len(recipe.network.block_out_channels)
+    overrides = [
+        f"network.block_out_channels={widths}",
+        "network.norm_num_groups=4",
+        f"data.path={photos}",
+        "data.source=imagefolder",
+        "data.resolution=64",
+        "data.batch_size=2",
+        "data.workers=0",
+        "training.steps=2",
+        "training.accumulation=1",
+        "training.precision=fp32",
+        f"output={tmp_path / 'run'}",
+        f"validation={{path: {photos}, images: 2, resolution: 64}}",
+    ]
+    if recipe.data.resize:
+        overrides.append("data.resize=64")
+    if recipe.losses.perceptual:  # VGG16 would have to be fetched
+        overrides.append("losses.perceptual.net=alex")
+    run = train(load_config(path, overrides), quiet)
+    before, after = (
+        weights(run, 2, name)
+        for name in ("ema.safetensors", "network/diffusion_pytorch_model.safetensors")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in after)
