@@ -1,7 +1,7 @@
 """The argument of docs/theory.md on real photographs: what the KL term buys and what it costs.
 
-Trains the same small network three times, as a plain autoencoder and as a KL-VAE at two weights, and
-decodes draws from N(0, I) with each.
+Trains the same small network three times, as a plain autoencoder and as a KL-VAE at two weights,
+and decodes draws from N(0, I) with each.
 
     python benchmarks/theory.py TRAIN_PHOTOS HELD_OUT_PHOTOS --steps 2500
 

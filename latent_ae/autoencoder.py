@@ -44,15 +44,12 @@ def build_network(config: NetworkConfig) -> AutoencoderKL:
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
     }
-    network = AutoencoderKL(
-        **config.model_dump(exclude={"path", "residual_init"}),
+    return AutoencoderKL(
+        **config.model_dump(exclude={"path", "init"}),
         use_post_quant_conv=config.use_quant_conv,
         **blocks,
         scaling_factor=1.0,  # until export measures it
     )
-    if config.residual_init == "zero":
-        _zero_residual_branches(network)
-    return network
 
 
 def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
@@ -154,13 +151,3 @@ class Autoencoder(nn.Module):
         """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
         code = self.bottleneck(encode_moments(self.network, images))
         return Reconstruction(decode_latents(self.network, code.latents).float(), code)
-
-
-def _zero_residual_branches(network: AutoencoderKL) -> None:
-    """Makes each residual block the identity at the start (as Goyal et al. 2017 for ResNets)."""
-    from diffusers.models.resnet import ResnetBlock2D
-
-    for module in network.modules():
-        if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)  # pyright: ignore[reportArgumentType]

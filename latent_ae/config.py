@@ -102,8 +102,10 @@ class NetworkConfig(Section):
     """Self-attention at the smallest size."""
     use_quant_conv: bool = True
     """The 1 × 1 convolutions on either side of the latents, as in SD 1.x and SDXL."""
-    residual_init: Literal["default", "zero"] = "default"
-    """`zero`: every residual block starts as the identity (its last convolution is zero)."""
+    init: Literal["default", "zero_residual", "linear"] = "default"
+    """`zero_residual`: every residual block starts as the identity; `linear`: the whole network
+    starts as the best linear code of the training crops (needs `mid_block_add_attention: false`
+    and few `norm_num_groups`)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> NetworkConfig:

@@ -19,6 +19,7 @@ FLOORS = {
     "losses": 2,
     "pictures": 2,
     "autoencoder": 3,
+    "initialization": 3,
     "scaling": 3,
     "metrics": 3,
     "objective": 3,

@@ -77,14 +77,6 @@ def test_autocast_output_is_fp32():
     assert result.code.latents.dtype == torch.float32
 
 
-def test_zero_init_makes_residual_blocks_the_identity():
-    network = autoencoder(residual_init="zero").network
-    block = network.encoder.down_blocks[0].resnets[0]
-    features = torch.randn(1, 8, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(block(features, None), features)
-
-
 def test_quant_convs_come_and_go_together():
     network = build_network(NetworkConfig(**SMALL, use_quant_conv=False))
     assert network.quant_conv is None

@@ -4,8 +4,8 @@ import lpips
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import NAMES, photograph_tensor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latent_ae import UserError

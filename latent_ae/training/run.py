@@ -18,14 +18,16 @@ from torch import nn
 from latent_ae.autoencoder import Autoencoder, require_divisible
 from latent_ae.config import Config
 from latent_ae.config_file import dump_yaml, load_config
-from latent_ae.data import TrainingStream
+from latent_ae.data import TrainingStream, normalize
 from latent_ae.errors import UserError
+from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
 
 __all__ = ["Run", "prepare"]
 
+_CROPS_FOR_INIT = 128
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
 _FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
@@ -81,6 +83,8 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
     _check_resolution(config, model.network)
+    if not folder.all_checkpoints():
+        _initialize(config, model.network)
     if config.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     objective = Objective(config.losses, config.bottleneck)
@@ -166,6 +170,16 @@ def _claim(folder: RunFolder, config: Config, accelerator: Accelerator) -> None:
         load_config(aside)  # what cannot be read back must not replace what can
         aside.replace(folder.config_file)
     accelerator.wait_for_everyone()
+
+
+def _initialize(config: Config, network: AutoencoderKL) -> None:
+    """Applies `network.init`; the same on every process, since seed and crops are."""
+    if config.network.init == "zero_residual":
+        zero_residual_branches_(network)
+    elif config.network.init == "linear":
+        data = config.data.model_copy(update={"workers": 0, "batch_size": _CROPS_FOR_INIT})
+        crops = next(TrainingStream(data, seed=config.training.seed)).images
+        linear_code_(network, normalize(crops))
 
 
 def _at(content: dict, key: str) -> object:
