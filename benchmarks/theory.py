@@ -51,6 +51,10 @@ def row(name, weight, photos, held_out, steps, runs):
         "data.workers=1",
         f"bottleneck.weight={weight}",
         "losses={pixel: l2}",
+        # The linear start would give every model standardised latents: here they must find theirs.
+        "network.init=default",
+        "network.norm_num_groups=8",
+        "training.learning_rate=2e-3",
         f"training.steps={steps}",
         "validation=null",
         f"output={runs / name}",

@@ -253,5 +253,5 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped; `train` goes on from its last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -119,8 +119,8 @@ def stage(title: str) -> Iterator[None]:
 def copy_photographs(folder: Path) -> None:
     """Puts scikit-image's photographs into `held_out/`, and tiles of them into `train/`.
 
-    Tiles, because a crop of 64 pixels would otherwise decode two million; at several scales, because
-    the held-out photographs are reduced to 256 pixels and are as sharp as only reduced ones are.
+    Tiles, because a crop of 64 pixels would otherwise decode two million; at several scales,
+    because the held-out photographs are reduced to 256 pixels, which makes them sharp.
     """
     source = Path(skimage.__file__).parent / "data"
     for part in ("train", "held_out"):

@@ -106,7 +106,8 @@ class RunLog:
         if not self.console.is_terminal:
             left = self._remaining(now)
             steps = self.run.config.training.steps
-            self.console.print(f"step {self.run.step}/{steps} · {text} · ETA {left}", style="dim")
+            line = f"step {self.run.step}/{steps} · {text} · ETA {left}"
+            self.console.print(line, style="dim", soft_wrap=True, highlight=False)
 
     def record(self, group: str, row: dict[str, float]) -> None:
         """Appends a row to log.jsonl and TensorBoard; call on the main process."""
