@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "default_device",
     "downsampling",
     "encode_moments",
+    "full_precision",
     "load_network",
     "require_divisible",
     "weights_sha256",
@@ -62,12 +65,19 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoen
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder} is no exported autoencoder: it has no config.json")
-    name = json.loads(config.read_text()).get("_class_name")
+    try:
+        name = json.loads(config.read_text())["_class_name"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{config} is no config of diffusers") from error
     if name != "AutoencoderKL":
         raise UserError(f"{folder} holds a {name}, not an AutoencoderKL")
     try:
         network = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,  # never a pickle
         )
     except Exception as error:  # diffusers', safetensors' and torch's
         raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
@@ -91,17 +101,33 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Turns off TF32 on GPUs, which convolutions take for fp32 by default: for measurements."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def weights_sha256(path: str | Path) -> str:
     """The sha256 (hex) of an autoencoder folder's weights: which autoencoder made these latents.
 
     Raises:
         UserError: the folder has no safetensors weights.
     """
-    files = sorted(Path(path).glob("diffusion_pytorch_model*.safetensors"))
-    if not files:
+    plain, index = Path(path) / WEIGHTS_FILE, Path(path) / f"{WEIGHTS_FILE}.index.json"
+    if plain.is_file():
+        files = [plain]
+    elif index.is_file():  # diffusers has split a large network
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        files = [Path(path) / name for name in sorted(names)]
+    else:
         raise UserError(f"{path} has no {WEIGHTS_FILE}")
     digest = hashlib.sha256()
-    for file in files:  # more than one where diffusers has split a large network
+    for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,16 +40,23 @@ Model = Annotated[
     Path, typer.Argument(help="Exported folder, or any AutoencoderKL folder.", metavar="MODEL")
 ]
 Data = Annotated[
-    Path,
+    str,
     typer.Argument(
-        help="Folder of images, saved data set, parquet file(s) or webdataset tar(s).",
+        help="Folder of images, saved data set, parquet file(s), webdataset tar(s) or, with "
+        "--source hub, a name on the hub.",
         metavar="DATA",
     ),
 ]
 Resolution = Annotated[
-    int, typer.Option(help="Shorter side after the Lanczos resize, and side of the centre crop.")
+    int,
+    typer.Option(help="Shorter side after the Lanczos resize, and side of the centre crop.", min=1),
 ]
-Limit = Annotated[int | None, typer.Option(help="Take only the first N pictures.")]
+Limit = Annotated[int | None, typer.Option(help="Take only the first N pictures.", min=1)]
+Source = Annotated[
+    Literal["imagefolder", "saved", "parquet", "webdataset", "hub"] | None,
+    typer.Option(help="What DATA is; guessed from the path when left out."),
+]
+Split = Annotated[str, typer.Option(help="Which split, where DATA has several.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures a pass.", min=1)]
 
 
@@ -76,7 +84,7 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
     statistics: Annotated[
-        str,
+        Literal["scale", "shift", "channels"],
         typer.Option(
             help="Which statistics of the latents to write: `scale` (scaling_factor, which every "
             "pipeline uses), `shift` (and shift_factor), `channels` (and latents_mean and _std)."
@@ -111,6 +119,8 @@ def evaluate(
     resolution: Resolution = 256,
     limit: Limit = None,
     batch_size: BatchSize = 8,
+    source: Source = None,
+    split: Split = "train",
     json: Annotated[Path | None, typer.Option(help="Write the result and protocol here.")] = None,
 ) -> None:
     """Measure PSNR, SSIM and LPIPS of the reconstruction.
@@ -121,11 +131,15 @@ def evaluate(
     """
     from json import dumps
 
+    from latent_ae.data import source_of
     from latent_ae.evaluation import evaluate
 
-    result = evaluate(model, data, resolution=resolution, limit=limit, batch_size=batch_size)
-    if json is not None:
+    if json is not None:  # what cannot be written is better known before the work
         json.parent.mkdir(parents=True, exist_ok=True)
+        json.touch()
+    pictures = source_of(data, source, split)
+    result = evaluate(model, pictures, resolution=resolution, limit=limit, batch_size=batch_size)
+    if json is not None:
         json.write_text(dumps(result.to_json(), indent=2) + "\n")
     _print_metrics({"autoencoder": result.metrics, "Lanczos": result.lanczos})
     protocol = result.protocol
@@ -147,21 +161,25 @@ def encode(
     batch_size: BatchSize = 8,
     workers: Annotated[int, typer.Option(help="Loader processes.", min=0)] = 2,
     dtype: Annotated[
-        str, typer.Option(help="Of the stored moments: float16, bfloat16 or float32.")
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="Of the stored moments.")
     ] = "float16",
     limit: Limit = None,
+    source: Source = None,
+    split: Split = "train",
 ) -> None:
     """Encode a data set to latents: mean and log-variance of every picture.
 
     The folder holds `manifest.json`, safetensors shards and a parquet index;
-    `latent_ae.LatentDataset` reads it, samples and scales.
+    `latent_ae.LatentDataset` reads it, samples and scales. Without a manifest a folder is
+    unfinished: the same command begins it again.
     """
+    from latent_ae.data import source_of
     from latent_ae.latents import encode
 
     console = _console()
     manifest = encode(
         model,
-        data,
+        source_of(data, source, split),
         out,
         resolution=resolution,
         batch_size=batch_size,
@@ -246,12 +264,10 @@ def _console() -> Console:
 
 
 def main() -> None:
-    """Runs the command line: a `UserError` becomes one sentence and exit code 2."""
+    """Runs the command line: bad input becomes one sentence and exit code 2."""
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # OSError: no permission, no space, a file for a folder
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; `train` goes on from its last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -31,10 +31,17 @@ __all__ = [
 ]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# Below this LPIPS' pooling and the window of SSIM no longer fit.
+SMALLEST_MEASURED = 32
+
+
 class Section(BaseModel):
     """A block of keys: unknown ones are refused, values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class SourceConfig(Section):
@@ -74,6 +81,12 @@ class DataConfig(SourceConfig):
     """Loader processes beside each training process."""
     shuffle_buffer: PositiveInt = 1000
     """Pictures held for shuffling when streaming."""
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> DataConfig:
+        if self.resize is not None and self.resize < self.resolution:
+            raise ValueError(f"resize {self.resize} is below resolution {self.resolution}")
+        return self
 
     @field_validator("crop_area")
     @classmethod
@@ -170,7 +183,7 @@ class TrainingConfig(Section):
     """Optimizer updates in all."""
     learning_rate: PositiveFloat = 1e-4
     """The peak; never scaled behind your back."""
-    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     """Adam's."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's, decoupled."""
@@ -203,7 +216,9 @@ class TrainingConfig(Section):
 class ValidationConfig(SourceConfig):
     """Held-out pictures: shorter side resized by Lanczos, centre crop, posterior mode."""
 
-    resolution: PositiveInt | None = None
+    split: str = "validation"
+    """Which split of a `saved` or `hub` data set."""
+    resolution: PositiveInt | None = Field(default=None, ge=SMALLEST_MEASURED)
     """Left out: the training resolution."""
     images: PositiveInt = 64
     """At most this many."""
@@ -239,4 +254,10 @@ class Config(AutoencoderConfig):
                     f"{key} {size} is no multiple of the network's factor "
                     f"{self.network.downsampling}"
                 )
+        measured = self.losses.perceptual or (self.validation and not self.validation.resolution)
+        if measured and self.data.resolution < SMALLEST_MEASURED:
+            raise ValueError(
+                f"data.resolution {self.data.resolution} is too small for LPIPS and SSIM; they "
+                f"need {SMALLEST_MEASURED}"
+            )
         return self

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from latent_ae.config import Config, Section
 from latent_ae.errors import UserError
 
-__all__ = ["dump_yaml", "load_config", "parse_config"]
+__all__ = ["dump_yaml", "load_config", "parse_config", "plain"]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -23,7 +23,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise UserError(f"the key {key!r} stands twice, near{node.start_mark}")
+            raise yaml.YAMLError(f"the key {key!r} stands twice, below line {node.start_mark.line}")
     return loader.construct_mapping(node, deep=True)
 
 
@@ -67,12 +67,17 @@ def parse_config(content: dict[str, Any], where: str = "config") -> Config:
         raise UserError(f"{where}: {sentences}") from None
 
 
-def dump_yaml(config: Section) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
+def plain(config: Section) -> dict[str, Any]:
+    """The resolved config as plain values, which `parse_config` reads back to an equal one."""
     content = config.model_dump(mode="json", exclude_none=True)
     if content.get("network", {}).get("path"):  # the folder's own config holds the other keys
         content["network"] = {"path": content["network"]["path"]}
-    return yaml.safe_dump(content, sort_keys=False, width=100)
+    return content
+
+
+def dump_yaml(config: Section) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(plain(config), sort_keys=False, width=100)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from importlib.metadata import version
@@ -20,8 +21,9 @@ from latent_ae.autoencoder import (
     encode_moments,
     weights_sha256,
 )
-from latent_ae.bottlenecks import split_moments
+from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
 from latent_ae.config import Config, DataConfig
+from latent_ae.config_file import plain
 from latent_ae.data import TrainingStream, normalize, source_of
 from latent_ae.errors import UserError
 from latent_ae.run_folder import RunFolder
@@ -46,6 +48,9 @@ IGNORED_BY = {
         "PixArtAlphaPipeline",
     ),
 }
+
+
+STATISTICS = ("scale", "shift", "channels")
 
 
 def export_run(
@@ -77,18 +82,21 @@ def export_run(
     Raises:
         UserError: `run` has no checkpoint, `out` exists, or the data cannot be read.
     """
-    folder, out = RunFolder(run), Path(out)
+    if statistics not in STATISTICS:
+        raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
+    folder, out = RunFolder(run), Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another folder")
     network, progress = folder.trained_network()
     config = folder.config()
     network = network.to(default_device()).eval()  # pyright: ignore
+    if config.bottleneck.weight == 0:
+        _silence_posterior(network)
     measured, sample = measure_latents(network, _measuring_data(config, data), images)
     network.register_to_config(**_scaling(measured, statistics).model_dump())
     if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
         network.register_to_config(sample_size=max(256, config.data.resolution))
-    aside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         network.save_pretrained(aside)
         _forget_origin(aside / "config.json")
@@ -129,6 +137,20 @@ def _forget_origin(file: Path) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+@torch.no_grad()
+def _silence_posterior(network: AutoencoderKL) -> None:
+    """Makes the posterior of a plain autoencoder as narrow as there is: its code is the mean.
+
+    Training left the log-variance's channels as they began; whoever samples would add noise that
+    the decoder has never seen.
+    """
+    last, channels = network.quant_conv, network.config["latent_channels"]
+    if last is None:
+        last = network.encoder.conv_out
+    last.weight[channels:] = 0
+    last.bias[channels:] = LOGVAR_RANGE[0]  # pyright: ignore[reportOptionalSubscript]
+
+
 def _measuring_data(config: Config, data: str | Path | None) -> DataConfig:
     if data is None:
         return config.data
@@ -142,14 +164,10 @@ def _scaling(measured: LatentStatistics, statistics: str) -> LatentScaling:
         return LatentScaling(scaling_factor=factor)
     if statistics == "shift":
         return LatentScaling(scaling_factor=factor, shift_factor=measured.mean)
-    if statistics == "channels":
-        # Pipelines with channel statistics compute (z − mean) · factor / std: with std · factor in
-        # the file they get unit variance, and those that know the factor alone still do nearly.
-        std = [value * factor for value in measured.channel_std]
-        return LatentScaling(
-            scaling_factor=factor, latents_mean=measured.channel_mean, latents_std=std
-        )
-    raise UserError(f"statistics {statistics!r} is unknown; valid: scale, shift, channels")
+    # Pipelines with channel statistics compute (z − mean) · factor / std: with std · factor in
+    # the file they get unit variance, and those that know the factor alone still do nearly.
+    std = [value * factor for value in measured.channel_std]
+    return LatentScaling(scaling_factor=factor, latents_mean=measured.channel_mean, latents_std=std)
 
 
 @torch.no_grad()
@@ -176,10 +194,10 @@ def _record(
     packages = ("latent_ae", "torch", "diffusers", "accelerate", "lpips")
     return {
         "format": 1,
-        "config": config.model_dump(mode="json", exclude_none=True),
+        "config": plain(config),
         "trained": {"steps": progress["step"], "images": progress["images"]},
         "latents": measured.summary(),
-        "metrics": folder.last_validation(progress["step"]),
+        "metrics": folder.last_validation(progress["step"]) if config.validation else None,
         "metric_protocol": _protocol(config),
         "weights_sha256": weights_sha256(out),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in packages}},
@@ -201,9 +219,11 @@ def _model_card(network: AutoencoderKL, record: dict[str, Any], license_name: st
     config, latents, factor = record["config"], record["latents"], downsampling(network)
     data = config["data"]
     channels = network.config["latent_channels"]
-    metrics = record["metrics"] or {}
+    metrics = dict(record["metrics"] or {})
+    taken = metrics.pop("step", None)
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    table = f"\n| metric | value |\n|-|-|\n{rows}\n\nProtocol: {record['metric_protocol']}.\n"
+    protocol = f"Protocol: {record['metric_protocol']}; taken at step {taken}."
+    table = f"\n| metric | value |\n|-|-|\n{rows}\n\n{protocol}\n"
     return f"""---
 library_name: diffusers
 license: {license_name}

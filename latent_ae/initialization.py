@@ -52,6 +52,8 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
     """
     if network.config["mid_block_add_attention"]:
         raise UserError("network.init linear needs network.mid_block_add_attention: false")
+    if len(network.config["block_out_channels"]) < 2:
+        raise UserError("network.init linear needs two block_out_channels or more")
     zero_residual_branches_(network)
     for module in network.modules():
         if isinstance(module, ResnetBlock2D) and isinstance(module.conv_shortcut, nn.Conv2d):
@@ -71,7 +73,7 @@ def _set_encoder_(network: AutoencoderKL, images: Tensor) -> list[Tensor]:
     features, blocks = [images], list(encoder.down_blocks)  # pyright: ignore
     scale = torch.ones(images.shape[1])
     for block in blocks[:-1]:
-        conv = block.downsamplers[0].conv
+        conv: nn.Conv2d = block.downsamplers[0].conv  # pyright: ignore
         weight, bias, scale = _components(features[-1], scale, conv.out_channels)
         _write_(conv, weight, bias)
         # diffusers pads the right and the lower edge only, so cell (i, j) sees rows 2i to 2i + 2.

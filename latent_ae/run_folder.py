@@ -61,14 +61,22 @@ class RunFolder:
         return load_config(self.config_file)
 
     def last_validation(self, step: int) -> dict[str, float] | None:
-        """The metrics of the newest validation up to a step."""
+        """The newest validation up to a step: `step`, `psnr`, `ssim`, `lpips`."""
         found = None
-        if self.log_file.is_file():
-            for line in self.log_file.read_text().splitlines():
-                row = json.loads(line)
-                if row["group"] == "validation" and row["step"] <= step:
-                    found = {name: row[name] for name in ("psnr", "ssim", "lpips")}
+        for row in self.log_rows():
+            if row["group"] == "validation" and row["step"] <= step:
+                found = {name: row[name] for name in ("step", "psnr", "ssim", "lpips")}
         return found
+
+    def log_rows(self) -> list[dict[str, Any]]:
+        """The rows of log.jsonl, without a last one that was cut short when the run was killed."""
+        rows = []
+        for line in self.log_file.read_text().splitlines() if self.log_file.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
 
     def trained_network(self) -> tuple[AutoencoderKL, dict[str, Any]]:
         """The newest checkpoint's network with averaged weights if there are any; its progress."""

@@ -68,7 +68,7 @@ def main(
     """Photographs to a diffusers pipeline, end to end."""
     from latent_ae.errors import UserError
 
-    if (output / "metrics.json").exists() or (output / "pipeline").exists():
+    if any((output / name).exists() for name in ("autoencoder", "training", "crops", "pipeline")):
         console.print(f"error: {output} holds a quickstart already; remove it or give --output")
         raise typer.Exit(2)
     try:
@@ -98,7 +98,7 @@ def run(output: Path, budget: float) -> None:
         encode_crops(output)
     with stage("train the denoiser"):
         left = budget - (time.perf_counter() - START) - 20
-        train_denoiser(output, max(20.0, left))
+        train_denoiser(output, max(20.0, left), config.training.precision)
     with stage("sample with stock diffusers"):
         sample_in_another_process(output)
     write_metrics(output, metrics, config)
@@ -253,7 +253,7 @@ def encode_crops(output: Path) -> None:
     shutil.rmtree(crops)
 
 
-def train_denoiser(output: Path, budget: float) -> None:
+def train_denoiser(output: Path, budget: float, precision: Any) -> None:
     """Trains a small class-conditional denoiser for `budget` seconds and saves the pipeline."""
     sys.path.insert(0, str(ROOT / "pipelines"))
     from train_denoiser import DenoiserConfig, train
@@ -263,11 +263,11 @@ def train_denoiser(output: Path, budget: float) -> None:
         channels=(32, 64, 96),
         layers=1,
         attention=0,
-        batch_size=64,
+        batch_size=16,
         learning_rate=4e-3,
         warmup_steps=30,
-        ema=0.995,
-        precision="bf16",
+        ema=0.99,
+        precision=precision,
         seconds=budget,
         log_every=50,
     )

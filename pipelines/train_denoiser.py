@@ -28,7 +28,6 @@ import typer
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
-from denoisers import DenoiserConfig, Examples, build_denoiser, build_scheduler
 from diffusers import AutoModel
 from diffusers.training_utils import EMAModel
 from pydantic import ValidationError
@@ -37,6 +36,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from denoisers import DenoiserConfig, Examples, build_denoiser, build_scheduler
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset, LatentsManifest, weights_sha256
 from latent_ae.scaling import LatentScaling
@@ -343,9 +343,8 @@ def _save_pipeline(
         build_scheduler(trainer.config),
         names or None,
     )
-    aside, old = (output.with_name(output.name + end) for end in (".tmp", ".old"))
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    output = output.absolute()
+    aside, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     pipe.save_pretrained(aside)
     # Byte for byte the weights that the latents name, however an older diffusers wrote them.
     weights = "diffusion_pytorch_model*"

@@ -47,6 +47,10 @@ def test_exponent_without_a_point_is_a_number(file):
         ("data.resolution=100", ["data.resolution 100", "factor 8"]),
         ("data.crop_area=[0.9, 0.1]", ["data.crop_area", "smallest"]),
         ("training.ema=1", ["training.ema", "less than 1"]),
+        ("training.betas=[0.9, 1.0]", ["training.betas", "less than 1"]),
+        ("bottleneck.weight=.inf", ["bottleneck.weight", "finite"]),
+        ("data={path: a, resolution: 256, resize: 64}", ["resize 64 is below resolution 256"]),
+        ("validation={path: a, resolution: 16}", ["validation.resolution", "32"]),
         ("nonsense", ["key=value"]),
     ],
 )
@@ -71,7 +75,7 @@ def test_missing_file_missing_key_and_double_key(tmp_path):
     with pytest.raises(UserError, match="'output' is missing"):
         load_config(path)
     path.write_text(MINIMAL + "output: again\n")
-    with pytest.raises(UserError, match="'output' stands twice"):
+    with pytest.raises(UserError, match=r"run\.yaml.*'output' stands twice"):
         load_config(path)
     path.write_text("data: [unclosed\n")
     with pytest.raises(UserError, match="not valid YAML"):

@@ -109,6 +109,8 @@ def test_every_source_gives_the_same_photographs(sources, kind, streaming):
     if kind != "imagefolder":
         wanted = torch.stack([to_tensor(photograph(name, 48)) for name in NAMES])
         assert torch.equal(images, wanted)
+    if kind == "webdataset":
+        assert [s.label for b in found for s in b.samples] == [0, 1, 2, 3]
     if kind in ("saved", "parquet"):
         assert [s.label for b in found for s in b.samples] == [0, 1, 1, 1]
         assert open_source(config).label_names == ["person", "thing"]
@@ -133,6 +135,13 @@ def test_names_that_look_like_splits_hide_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("not a picture")
     source = open_source(SourceConfig(path=str(tmp_path)))
     assert len(source.rows) == 4
+
+
+def test_a_folder_with_signs_of_a_pattern_in_its_name(tmp_path):
+    folder = tmp_path / "photos [2024] *"
+    folder.mkdir()
+    photograph("chelsea", 32).save(folder / "a.png")
+    assert len(open_source(SourceConfig(path=str(folder))).rows) == 1
 
 
 def test_subfolders_become_labels(tmp_path):

@@ -55,6 +55,8 @@ def test_transparency_lies_over_white(cat):
     clear = cat.convert("RGBA")
     clear.putalpha(0)
     assert (np.asarray(decode_image(stored(clear))) == 255).all()
+    keyed = Image.new("RGB", (4, 4), "red")  # one colour of an RGB picture may be the clear one
+    assert (np.asarray(decode_image(stored(keyed, transparency=(255, 0, 0)))) == 255).all()
     palette = cat.quantize(64)
     palette.info["transparency"] = 0
     read = np.asarray(decode_image(stored(palette, transparency=0)))

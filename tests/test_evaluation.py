@@ -44,6 +44,13 @@ def test_metrics_are_those_of_scikit_image_and_lpips(pairs):
     assert metrics.compute()["psnr"] == pytest.approx(np.mean(metrics.per_image["psnr"]))
 
 
+def test_a_flat_picture_does_not_make_the_mean_infinite():
+    white = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    metrics = ReconstructionMetrics()
+    metrics.update(white, white)
+    assert metrics.compute()["psnr"] == pytest.approx(58.92, abs=0.01)
+
+
 def test_lanczos_keeps_as_many_numbers_as_it_may():
     images = to_uint8(photograph_tensor("coffee", 64))
     assert torch.equal(lanczos_reduction(images, 3 * 64 * 64), images)
@@ -76,6 +83,8 @@ def test_evaluation_is_the_reconstruction_of_stock_diffusers(exported, photos):
 def test_wrong_input(exported, photos, tmp_path):
     with pytest.raises(UserError, match="no multiple"):
         evaluate(exported, photos, resolution=65)
+    with pytest.raises(UserError, match="too small to measure"):
+        evaluate(exported, photos, resolution=16)
     with pytest.raises(UserError, match="no exported autoencoder"):
         evaluate(tmp_path, photos)
     with pytest.raises(UserError, match="there is no folder"):

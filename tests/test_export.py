@@ -10,8 +10,9 @@ from conftest import photograph_tensor
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from latent_ae import UserError, export_run
+from latent_ae import UserError, export_run, train
 from latent_ae.bottlenecks import split_moments
+from latent_ae.config import NetworkConfig
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.export import IGNORED_BY
 from latent_ae.run_folder import RunFolder
@@ -73,7 +74,7 @@ def test_files_and_record(exported):
     }
     record = json.loads((exported / "latent_ae.json").read_text())
     assert record["trained"] == {"steps": 4, "images": 8}
-    assert record["metrics"].keys() == {"psnr", "ssim", "lpips"}
+    assert record["metrics"].keys() == {"step", "psnr", "ssim", "lpips"}
     assert record["latents"]["images"] >= 8
     assert "_name_or_path" not in json.loads((exported / "config.json").read_text())
     card = (exported / "README.md").read_text()
@@ -120,6 +121,30 @@ def test_statistics_are_exact_in_any_batching():
     assert whole.std == pytest.approx(draws.std().item(), rel=2e-3)
     wanted = draws.std((0, 1, 3, 4)).tolist()
     assert whole.channel_std == pytest.approx(wanted, rel=5e-3)
+
+
+def test_a_plain_autoencoder_is_exported_without_noise(tiny, quiet, tmp_path):
+    """Its log-variances were never trained: whoever samples must get the mean."""
+    run = train(tiny(bottleneck={"weight": 0}, validation=None), quiet)
+    out = export_run(run, tmp_path / "out", images=4)
+    network, trained = AutoencoderKL.from_pretrained(out), RunFolder(run).trained_network()[0]
+    images = photograph_tensor("coffee")
+    with torch.no_grad():
+        posterior = network.encode(images).latent_dist
+        assert torch.equal(posterior.mean, trained.encode(images).latent_dist.mean)
+        torch.testing.assert_close(posterior.sample(), posterior.mean, rtol=0, atol=1e-5)
+    spread = json.loads((out / "latent_ae.json").read_text())["latents"]["std"]
+    assert network.config["scaling_factor"] == pytest.approx(1 / spread)
+    assert spread < 0.7  # the untrained log-variances alone would give about 1
+
+
+def test_a_fine_tuned_run_records_its_origin(tiny, quiet, exported, tmp_path):
+    config = tiny(network=None, training={"steps": 1}, validation=None)
+    config = config.model_copy(update={"network": NetworkConfig(path=str(exported))})
+    out = export_run(train(config, quiet), tmp_path / "out", images=4)
+    assert json.loads((out / "latent_ae.json").read_text())["config"]["network"] == {
+        "path": str(exported)
+    }
 
 
 def test_nothing_is_overwritten_and_failures_leave_nothing(run_folder, tmp_path):

@@ -165,6 +165,46 @@ def test_nothing_finished_is_overwritten(latents, exported, labelled, tmp_path):
         encode(exported, labelled, tmp_path, resolution=64, workers=0)
 
 
+def test_somebodys_shards_are_not_taken_for_ours(exported, labelled, tmp_path):
+    tar = tmp_path / "shard-00000.tar"  # a common name of webdataset's
+    tar.write_bytes(b"a data set")
+    with pytest.raises(UserError, match=r"other files \(shard-00000\.tar\)"):
+        encode(exported, labelled, tmp_path, resolution=64, workers=0)
+    assert tar.read_bytes() == b"a data set"
+
+
+def test_another_variant_of_the_weights_changes_no_hash(exported, tmp_path):
+    network = load_network(exported)
+    network.save_pretrained(tmp_path / "vae")
+    before = weights_sha256(tmp_path / "vae")
+    network.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    assert weights_sha256(tmp_path / "vae") == before
+    network.save_pretrained(tmp_path / "split", max_shard_size="5KB")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
+    assert len(weights_sha256(tmp_path / "split")) == 64
+
+
+def test_webdataset_labels_and_captions_come_along(exported, tmp_path):
+    import io
+    import tarfile
+
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/a.tar", "w") as tar:
+        for place, name in enumerate(NAMES):
+            buffer = io.BytesIO()
+            photograph(name, 64).save(buffer, "PNG")
+            parts = {"png": buffer.getvalue(), "cls": str(place).encode(), "txt": name.encode()}
+            for extension, content in parts.items():
+                info = tarfile.TarInfo(f"{name}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    manifest = encode(exported, tmp_path / "tars", tmp_path / "out", resolution=64, workers=0)
+    assert manifest.num_classes == 4
+    index = LatentDataset(tmp_path / "out").index
+    assert index["label"].to_pylist() == [0, 1, 2, 3]
+    assert index["caption"].to_pylist() == list(NAMES)
+
+
 def test_an_interrupted_folder_is_no_data_set_and_is_begun_again(
     latents, exported, labelled, tmp_path
 ):
@@ -199,6 +239,12 @@ def test_damage_is_named(latents, tmp_path):
         LatentDataset(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
+        LatentDataset(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for file in latents.iterdir():
+        if file.name != "manifest.json":
+            (folder / file.name).write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"is damaged: shard-00000"):
         LatentDataset(folder)
 
 

@@ -10,9 +10,7 @@ from latent_ae.outputs import Code, Reconstruction
 
 
 def build(weight=1e-6, warmup=0, **losses):
-    return Objective(
-        LossesConfig(**losses), BottleneckConfig(weight=weight, warmup_steps=warmup)
-    )
+    return Objective(LossesConfig(**losses), BottleneckConfig(weight=weight, warmup_steps=warmup))
 
 
 def reconstruction(images, shift=0.1, kl=(5.0, 7.0)):

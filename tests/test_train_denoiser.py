@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from denoisers import Examples, build_denoiser, build_scheduler
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from denoisers import Examples, build_denoiser, build_scheduler
 from latent_ae.errors import UserError
 from latent_ae.latents import AutoencoderRecord, LatentDataset, LatentsManifest, weights_sha256
 from latent_ae.latents.format import INDEX_SCHEMA, Preprocessing, ShardRecord

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NAMES, photograph
+from rich.console import Console
 from safetensors.torch import load_file
 
 from latent_ae import UserError, train
 from latent_ae.config import NetworkConfig, TrainingConfig
 from latent_ae.config_file import dump_yaml, load_config
+from latent_ae.data import evaluation_batches, normalize
+from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.run_folder import RunFolder
 from latent_ae.training import learning_rate
 
@@ -192,10 +196,50 @@ def test_noise_differs_between_processes_and_the_log_is_written_once(tiny, tmp_p
     assert [row["step"] for row in rows(config.output, "train")] == [2, 4]
 
 
-def test_validation_uses_the_average_and_leaves_the_weights(tiny, quiet):
-    with_validation = train(tiny(output=str(tiny().output) + "-a"), quiet)
-    without = train(tiny(validation=None, output=str(tiny().output) + "-b"), quiet)
-    assert_equal(weights(with_validation, 4), weights(without, 4))
+def test_validation_uses_the_average_and_leaves_the_training_alone(tiny, quiet):
+    often = tiny(training={"validate_every": 1, "ema": 0.99}, output=f"{tiny().output}-a")
+    never = tiny(training={"ema": 0.99}, validation=None, output=f"{tiny().output}-b")
+    raw = tiny(training={"validate_every": 1, "ema": 0.0}, output=f"{tiny().output}-c")
+    runs = [train(config, quiet) for config in (often, never, raw)]
+    assert_equal(weights(runs[0], 4), weights(runs[1], 4))
+    assert_equal(weights(runs[0], 4), weights(runs[2], 4))
+    averaged, current = (rows(runs[i], "validation")[-1]["psnr"] for i in (0, 2))
+    assert averaged != current
+    # What was logged is what stock diffusers makes of the averaged weights.
+    network, _ = RunFolder(runs[0]).trained_network()
+    metrics = ReconstructionMetrics()
+    for batch in evaluation_batches(often.validation, 64):
+        with torch.no_grad():
+            decoded = network(normalize(batch.images), sample_posterior=False).sample
+        metrics.update(batch.images, decoded)
+    assert averaged == pytest.approx(metrics.compute()["psnr"], abs=1e-3)
+
+
+def test_pictures_are_counted_through_a_change_of_batch(tiny, quiet):
+    """The stream goes on where it was, whatever the batch was before."""
+    output = tiny().output
+    run = train(tiny(validation=None, training={"steps": 2}), quiet)
+    train(tiny(validation=None, data={"batch_size": 4}, training={"steps": 4}), quiet)
+    train(tiny(validation=None, training={"steps": 6}), quiet)
+    progress = json.loads((RunFolder(run).checkpoint(6) / "progress.json").read_text())
+    assert progress["images"] == 2 * 2 + 2 * 4 + 2 * 2
+    assert str(run) == output
+
+
+def test_a_wrong_validation_path_is_told_before_the_first_step(tiny, quiet):
+    config = tiny(validation={"path": "/nowhere/at/all"})
+    with pytest.raises(UserError, match="there is no folder /nowhere"):
+        train(config, quiet)
+    assert not (Path(config.output) / "log.jsonl").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tiny, quiet):
+    run = train(tiny(validation=None), quiet)
+    before = weights(run, 4)
+    wild = tiny(validation=None, training={"steps": 40, "learning_rate": 1e30, "clip_norm": 0})
+    with pytest.raises(UserError, match=r"not finite near step .* step-000000004"):
+        train(wild, quiet)
+    assert_equal(weights(run, 4), before)
 
 
 def test_unreadable_pictures_do_not_stop_training(tiny, quiet, tmp_path):
@@ -204,8 +248,12 @@ def test_unreadable_pictures_do_not_stop_training(tiny, quiet, tmp_path):
     for name in NAMES[:2]:
         photograph(name, 48).save(folder / f"{name}.png")
     (folder / "broken.png").write_bytes(b"no picture")
-    run = train(tiny(data={"path": str(folder)}, validation=None), quiet)
+    console = Console(record=True, width=200, file=io.StringIO())
+    run = train(tiny(data={"path": str(folder)}, validation=None), console)
     assert weights(run, 4)
+    told = console.export_text()
+    assert "skipped broken.png" in told
+    assert "1 unreadable pictures were skipped" in told
 
 
 def test_another_network_in_the_same_folder_is_refused(tiny, quiet):
@@ -280,3 +328,13 @@ def test_every_recipe_takes_a_step(path, photos, quiet, tmp_path):
         for name in ("ema.safetensors", "network/diffusion_pytorch_model.safetensors")
     )
     assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_on_a_gpu_trains_and_resumes(tiny, quiet):
+    training = {"steps": 8, "checkpoint_every": 4, "precision": "fp16"}
+    run = train(tiny(training=training, validation=None), quiet)
+    shutil.rmtree(RunFolder(run).checkpoint(8))
+    train(tiny(training=training, validation=None), quiet)
+    assert all(torch.isfinite(value).all() for value in weights(run, 8).values())

@@ -1,7 +1,7 @@
 """Pictures in: sources, decoding, crops, batches."""
 
 from latent_ae.data.decoding import UnreadableImage, decode_image, to_rgb
-from latent_ae.data.loader import TrainingStream, evaluation_batches
+from latent_ae.data.loader import TrainingStream, evaluation_batches, require_one_readable
 from latent_ae.data.samples import Batch, Sample, Skipped
 from latent_ae.data.sources import SOURCES, Source, open_source, source_of
 from latent_ae.data.transforms import (
@@ -27,6 +27,7 @@ __all__ = [
     "evaluation_batches",
     "normalize",
     "open_source",
+    "require_one_readable",
     "resize_shorter_side",
     "source_of",
     "to_rgb",

@@ -58,15 +58,13 @@ def _open(value: Any) -> Image.Image:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Converts any of Pillow's modes to RGB without clipping 16-bit data or dropping alpha."""
     mode = picture.mode
-    if mode == "RGB":
-        return picture
     if mode.startswith("I") or mode == "F":
         return _from_deep(picture).convert("RGB")
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture if mode == "RGB" else picture.convert("RGB")
 
 
 def _from_deep(picture: Image.Image) -> Image.Image:

@@ -27,7 +27,7 @@ from latent_ae.errors import UserError
 if TYPE_CHECKING:
     from latent_ae.config import DataConfig, SourceConfig
 
-__all__ = ["TrainingStream", "evaluation_batches"]
+__all__ = ["TrainingStream", "evaluation_batches", "require_one_readable"]
 
 
 class _Indexed(Dataset):
@@ -142,8 +142,7 @@ class TrainingStream:
         start: int = 0,
         state: dict[str, Any] | None = None,
     ) -> None:
-        source = open_source(config)
-        _require_one_readable(source, config.path)
+        source = require_one_readable(config)
         crop = TrainingCrop(config)
         options: dict[str, Any] = {
             "collate_fn": collate,
@@ -168,14 +167,20 @@ class TrainingStream:
             self._loader = DataLoader(
                 _Indexed(source, crop, seed), batch_sampler=tickets, **options
             )
-        self.source = source
+        self.source, self._rank = source, rank
         self._batches = iter(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise UserError(
+                f"process {self._rank} finds no picture in its share of the stream; take fewer "
+                "processes, more shards, or data.streaming: false"
+            ) from None
 
     def state_dict(self) -> dict[str, Any] | None:
         """The position of a streaming source; None where the picture count says it all."""
@@ -184,17 +189,25 @@ class TrainingStream:
         return None
 
 
-def _require_one_readable(source: Source, path: str) -> None:
+def require_one_readable(config: SourceConfig) -> Source:
+    """Opens a source and reads up to the first picture that can be read.
+
+    Raises:
+        UserError: the source cannot be opened, or there is none.
+    """
+    source = open_source(config)
     count, reason = 0, ""
     for row in source.rows:
         try:
             decode_image(row[source.image_column])
-            return
+            return source
         except UnreadableImage as error:
             count, reason = count + 1, str(error)
     if count:
-        raise UserError(f"none of the {count} pictures at {path} can be read; the last: {reason}")
-    raise UserError(f"there is no picture at {path}")
+        raise UserError(
+            f"none of the {count} pictures at {config.path} can be read; the last: {reason}"
+        )
+    raise UserError(f"there is no picture at {config.path}")
 
 
 class _InOrder(Dataset):

@@ -5,6 +5,7 @@ Decoding is ours (`decoding.py`), because a picture that `datasets` fails on wou
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,22 @@ def open_source(config: SourceConfig) -> Source:
     return _prepare(rows, config)
 
 
-def source_of(path: str | Path, **options: Any) -> SourceConfig:
-    """Guesses the source from what lies at a path: the form that the command line takes.
+def source_of(path: str | Path, kind: str | None = None, split: str = "train") -> SourceConfig:
+    """The source at a path, its kind guessed from what lies there: what the command line takes.
+
+    Args:
+        path: a folder or file; with `kind` also a glob or a hub name.
+        kind: one of `SOURCES`, where the guess would be wrong.
+        split: of a saved data set or one on the hub.
 
     Raises:
-        UserError: there is nothing at `path`.
+        UserError: there is nothing at `path`, or no such kind.
     """
     where = Path(path)
-    if where.suffix == ".tar" or (where.is_dir() and any(where.glob("*.tar"))):
+    if kind is not None:
+        if kind not in SOURCES:
+            raise UserError(f"source {kind!r} is unknown; valid: {', '.join(SOURCES)}")
+    elif where.suffix == ".tar" or (where.is_dir() and any(where.glob("*.tar"))):
         kind = "webdataset"
     elif where.suffix == ".parquet" or (where.is_dir() and any(where.glob("*.parquet"))):
         kind = "parquet"
@@ -78,7 +87,7 @@ def source_of(path: str | Path, **options: Any) -> SourceConfig:
         kind = "imagefolder"
     else:
         raise UserError(f"there is no folder, parquet or tar file at {path}")
-    return SourceConfig.model_validate({"source": kind, "path": str(path), **options})
+    return SourceConfig.model_validate({"source": kind, "path": str(path), "split": split})
 
 
 def _imagefolder(config: SourceConfig) -> Any:
@@ -87,7 +96,9 @@ def _imagefolder(config: SourceConfig) -> Any:
         raise UserError(f"there is no folder {folder}")
     # Explicit patterns: left to itself, `datasets` reads "val" or "test" in a file's name as a
     # split of its own and silently leaves those pictures out of `train`.
-    return _load("imagefolder", config, data_files={"train": f"{folder.resolve()}/**"})
+    return _load(
+        "imagefolder", config, data_files={"train": f"{glob.escape(str(folder.resolve()))}/**"}
+    )
 
 
 def _saved(config: SourceConfig) -> Any:
@@ -108,7 +119,9 @@ def _saved(config: SourceConfig) -> Any:
 
 def _files(config: SourceConfig, builder: str, extension: str) -> Any:
     path = Path(config.path)
-    pattern = str(path / "**" / f"*.{extension}") if path.is_dir() else config.path
+    pattern = config.path
+    if path.is_dir():
+        pattern = f"{glob.escape(str(path))}/**/*.{extension}"
     return _load(builder, config, data_files={"train": pattern})
 
 

@@ -14,13 +14,15 @@ from latent_ae.autoencoder import (
     default_device,
     downsampling,
     encode_moments,
+    full_precision,
     load_network,
     require_divisible,
     weights_sha256,
 )
 from latent_ae.bottlenecks import split_moments
-from latent_ae.config import SourceConfig
+from latent_ae.config import SMALLEST_MEASURED, SourceConfig
 from latent_ae.data import Skipped, evaluation_batches, normalize, source_of
+from latent_ae.errors import UserError
 from latent_ae.evaluation.baseline import lanczos_reduction
 from latent_ae.metrics import ReconstructionMetrics
 
@@ -79,6 +81,11 @@ def evaluate(
     device = torch.device(device or default_device())
     network = load_network(model).to(device).eval()  # pyright: ignore
     require_divisible(resolution, network)
+    if resolution < SMALLEST_MEASURED:
+        raise UserError(
+            f"resolution {resolution} is too small to measure; the least is {SMALLEST_MEASURED}"
+        )
+    digest = weights_sha256(model)
     values = _latent_values(network, resolution)
     source = data if isinstance(data, SourceConfig) else source_of(data)
     metrics, lanczos = ReconstructionMetrics(device), ReconstructionMetrics(device)
@@ -88,8 +95,9 @@ def evaluate(
         if not batch.samples:
             continue
         images = batch.images.to(device)
-        mean, _ = split_moments(encode_moments(network, normalize(images)))
-        metrics.update(images, decode_latents(network, mean))
+        with full_precision():
+            mean, _ = split_moments(encode_moments(network, normalize(images)))
+            metrics.update(images, decode_latents(network, mean))
         lanczos.update(images, lanczos_reduction(batch.images, values).to(device))
     protocol = {
         "data": source.path,
@@ -98,10 +106,10 @@ def evaluate(
         "resolution": resolution,
         "code": "posterior mode",
         "precision": "fp32",
-        "output": "clamped, rounded to 8 bits",
+        "output": "clamped, rounded to 8 bits; PSNR of a picture at most 58.9 dB",
         "lpips": "v0.1, alex",
         "model": str(model),
-        "weights_sha256": weights_sha256(model),
+        "weights_sha256": digest,
         "values_per_image": values,
     }
     return Evaluation(metrics.compute(), lanczos.compute(), protocol, skipped)

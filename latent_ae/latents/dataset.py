@@ -39,7 +39,12 @@ class LatentDataset(Dataset):
             for name in (shard.file, shard.index):
                 if not (self.folder / name).is_file():
                     raise UserError(f"{folder} is damaged: {name} is missing")
-            parts.append(pyarrow.parquet.read_table(self.folder / shard.index))
+            try:
+                parts.append(pyarrow.parquet.read_table(self.folder / shard.index))
+                with safe_open(self.folder / shard.file, framework="pt"):
+                    pass
+            except Exception as error:
+                raise UserError(f"{folder} is damaged: {shard.file}: {error}") from error
         self.index: pa.Table = pa.concat_tables(parts)
         self._place = [self.index[name].to_numpy() for name in ("shard", "row")]
         self._shards: dict[int, Any] = {}

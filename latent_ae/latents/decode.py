@@ -54,6 +54,7 @@ def decode(
         raise UserError(f"{latents} was encoded by another autoencoder than the one at {model}")
     network = network.to(torch.device(device or default_device())).eval()  # pyright: ignore
     count = min(len(dataset), limit or len(dataset))
+    written: set[Path] = set()
     starts = range(0, count, batch_size)
     for start in track(starts, "decode", console=console, disable=console is None):
         rows = [dataset[i] for i in range(start, min(start + batch_size, count))]
@@ -61,6 +62,9 @@ def decode(
         pictures = to_uint8(decode_latents(network, batch)).cpu()
         for row, picture in zip(rows, pictures, strict=True):
             file = _file_of(Path(out), row["key"])
+            if file in written:  # tars may repeat a key
+                file = file.with_name(f"{file.stem}-{len(written)}.png")
+            written.add(file)
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(file)
     return count

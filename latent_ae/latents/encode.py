@@ -24,6 +24,7 @@ from latent_ae.data import Batch, evaluation_batches, normalize, open_source, so
 from latent_ae.errors import UserError
 from latent_ae.latents.format import (
     MANIFEST,
+    OWN_FILE,
     AutoencoderRecord,
     LatentsManifest,
     Preprocessing,
@@ -80,6 +81,7 @@ def encode(
     require_divisible(resolution, network)
     source = open_source(data if isinstance(data, SourceConfig) else source_of(data))
     out = _claim(Path(out))
+    record = AutoencoderRecord.of_folder(model, network)
     writer, statistics = ShardWriter(out, DTYPES[dtype], shard_rows), LatentStatistics()
     batches: Iterable[Batch] = evaluation_batches(
         source, resolution, batch_size=batch_size, workers=workers, limit=limit
@@ -99,7 +101,7 @@ def encode(
         writer.add(batch.samples, mean.cpu(), logvar.cpu())
     writer.flush()
     manifest = LatentsManifest(
-        autoencoder=AutoencoderRecord.of_folder(model, network),
+        autoencoder=record,
         preprocessing=Preprocessing(resolution=resolution),
         latent_shape=_latent_shape(network, resolution),
         dtype=dtype,
@@ -126,14 +128,11 @@ def _claim(out: Path) -> Path:
         raise UserError(f"{out} holds finished latents; remove it or choose another folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a folder")
-    foreign = [
-        file.name
-        for file in (out.iterdir() if out.exists() else [])
-        if not file.name.startswith(("shard-", "index-"))
-    ]
-    if foreign:
-        raise UserError(f"{out} holds other files ({foreign[0]}); choose an empty folder")
+    found = list(out.iterdir()) if out.exists() else []
+    for file in found:
+        if not OWN_FILE.fullmatch(file.name):
+            raise UserError(f"{out} holds other files ({file.name}); choose an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    for file in out.iterdir():
+    for file in found:
         file.unlink()
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ __all__ = [
     "FORMAT",
     "INDEX_SCHEMA",
     "MANIFEST",
+    "OWN_FILE",
     "AutoencoderRecord",
     "LatentsManifest",
     "Preprocessing",
@@ -30,6 +32,11 @@ __all__ = [
 FORMAT = "latent_ae/latents"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+# What an unfinished folder may hold: anything else is somebody's, such as webdataset's shard-0.tar.
+OWN_FILE = re.compile(
+    r"(shard-\d{5}\.safetensors|index-\d{5}\.parquet)(\.tmp)?|manifest\.json\.tmp"
+)
 
 INDEX_SCHEMA = pa.schema(
     [

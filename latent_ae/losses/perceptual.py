@@ -31,7 +31,9 @@ def load_backbone(net: str, path: str | None = None) -> lpips.LPIPS:
     """
     if path is None and net == "alex":
         path = str(files("latent_ae") / "assets" / "lpips_alexnet.safetensors")
-    with warnings.catch_warnings():  # lpips 0.1.4 asks torchvision in the deprecated way
+    # The random weights that lpips begins with must not move the posterior noise of a run.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # lpips 0.1.4 asks torchvision in the deprecated way.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         try:
             model = lpips.LPIPS(net=net, pnet_rand=path is not None, verbose=False)

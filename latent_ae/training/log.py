@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from rich.progress import (
 from torch import Tensor
 
 from latent_ae.data import Skipped
+from latent_ae.errors import UserError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -89,6 +91,7 @@ class RunLog:
 
     def write(self, rate: float) -> None:
         """Writes the row of the steps since the last one; `rate` is the learning rate."""
+        self.require_finite()
         values = torch.stack([value.float() for value in self.sums.values()]) / self.steps
         # The only point where the host waits for the device.
         means = self.run.accelerator.reduce(values, reduction="mean").tolist()  # pyright: ignore
@@ -109,10 +112,27 @@ class RunLog:
             line = f"step {self.run.step}/{steps} · {text} · ETA {left}"
             self.console.print(line, style="dim", soft_wrap=True, highlight=False)
 
+    def require_finite(self) -> None:
+        """Stops a run whose loss is no number, before its weights replace a good checkpoint.
+
+        Raises:
+            UserError: it is; the sentence says where the run can go on.
+        """
+        total = self.sums.get("total")
+        if total is None or torch.isfinite(total):
+            return
+        kept = [path.name for path in self.run.folder.all_checkpoints()]
+        raise UserError(
+            f"the loss is not finite near step {self.run.step}; the last checkpoint is "
+            f"{kept[-1] if kept else 'none'}: lower training.learning_rate and start again"
+        )
+
     def record(self, group: str, row: dict[str, float]) -> None:
         """Appends a row to log.jsonl and TensorBoard; call on the main process."""
         seconds = round(time.perf_counter() - self.started, 3)
-        line = {"step": self.run.step, "group": group, "seconds": seconds, **row}
+        # JSON has no infinity; fp16's gradient norm is infinite while its scaler settles.
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        line = {"step": self.run.step, "group": group, "seconds": seconds, **finite}
         self.file.write(json.dumps(line) + "\n")
         for name, value in row.items():
             self.board.add_scalar(f"{group}/{name}", value, self.run.step)

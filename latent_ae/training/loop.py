@@ -40,15 +40,16 @@ def train(config: Config, console: Console | None = None) -> Path:
             _say(run, console, f"going on from step {run.step} of {steps} in {run.folder.path}")
         while run.step < steps:
             log.add(_update(run, log))
-            run.step += 1
+            run.step, run.images = run.step + 1, run.images + run.effective_batch
             last = run.step == steps
             if last or run.step % training.log_every == 0:
                 log.write(learning_rate(training, run.step - 1))
+            if last or run.step % training.checkpoint_every == 0:
+                log.require_finite()
+                _save(run)
+                log.restart_clock()
             if config.validation and (last or run.step % training.validate_every == 0):
                 _validate(run, log, console)
-                log.restart_clock()
-            if last or run.step % training.checkpoint_every == 0:
-                _save(run)
                 log.restart_clock()
     if run.skipped:
         _say(run, console, f"{len(run.skipped)} unreadable pictures were skipped")
@@ -100,7 +101,7 @@ def _save(run: Run) -> None:
     run.checkpoint().save(
         path,
         step=run.step,
-        images=run.step * run.effective_batch,
+        images=run.images,
         loader=run.stream.state_dict(),
         keep=run.config.training.keep_checkpoints,
     )

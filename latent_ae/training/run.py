@@ -18,7 +18,7 @@ from torch import nn
 from latent_ae.autoencoder import Autoencoder, require_divisible
 from latent_ae.config import Config
 from latent_ae.config_file import dump_yaml, load_config
-from latent_ae.data import TrainingStream, normalize
+from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.objective import Objective
@@ -27,7 +27,6 @@ from latent_ae.training.checkpoint import Checkpoint
 
 __all__ = ["Run", "prepare"]
 
-_CROPS_FOR_INIT = 128
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
 _FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
@@ -47,6 +46,7 @@ class Run:
     ema: EMAModel | None
     stream: TrainingStream
     step: int = 0
+    images: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -83,6 +83,8 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
     _check_resolution(config, model.network)
+    if config.validation is not None:  # now, not when the first validation comes
+        require_one_readable(config.validation)
     if not folder.all_checkpoints():
         _initialize(config, model.network)
     if config.training.channels_last:
@@ -121,7 +123,7 @@ def prepare(config: Config) -> Run:
     progress = {"step": 0, "images": 0, "loader": None}
     if folder.all_checkpoints():
         progress = run.checkpoint().restore(folder.latest())
-    run.step = progress["step"]
+    run.step, run.images = progress["step"], progress["images"]
     run.stream = TrainingStream(
         config.data,
         seed=config.training.seed,
@@ -177,9 +179,11 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
     if config.network.init == "zero_residual":
         zero_residual_branches_(network)
     elif config.network.init == "linear":
-        data = config.data.model_copy(update={"workers": 0, "batch_size": _CROPS_FOR_INIT})
-        crops = next(TrainingStream(data, seed=config.training.seed)).images
-        linear_code_(network, normalize(crops))
+        # As many pixels as 128 crops of 64² have: the fits look at all of them.
+        crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
+        data = config.data.model_copy(update={"workers": 0, "batch_size": crops})
+        images = next(TrainingStream(data, seed=config.training.seed)).images
+        linear_code_(network, normalize(images))
 
 
 def _at(content: dict, key: str) -> object:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latent_ae.autoencoder import decode_latents, encode_moments
+from latent_ae.autoencoder import decode_latents, encode_moments, full_precision
 from latent_ae.bottlenecks import split_moments
 from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize
@@ -58,14 +58,16 @@ def validate(run: Run, config: ValidationConfig) -> dict[str, float]:
         limit=config.images,
     )
     kept = []
-    with averaged_weights(run):
+    with averaged_weights(run), full_precision():
         for batch in batches:
             if not batch.samples:
                 continue
             images = batch.images.to(device)
             mean, _ = split_moments(encode_moments(run.network, normalize(images)))
             decoded = decode_latents(run.network, mean)
-            kept.append((images.cpu(), metrics.update(images, decoded).cpu()))
+            rounded = metrics.update(images, decoded)
+            if sum(len(pair[0]) for pair in kept) < _SHEET_ROWS:
+                kept.append((images.cpu(), rounded.cpu()))
     images, decoded = (torch.cat(column)[:_SHEET_ROWS] for column in zip(*kept, strict=True))
     columns = {
         "input": images,
