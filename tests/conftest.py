@@ -10,6 +10,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="latent-ae-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,9 @@ from skimage import data as photographs
 
 from latent_ae import Config, export_run, train
 from latent_ae.config_file import parse_config
+
+# `datasets` waits five seconds whenever a parquet stream ends; nothing here lives that long.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 

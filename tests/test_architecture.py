@@ -73,8 +73,8 @@ def test_files_and_functions_stay_readable(path):
             docstring = ast.get_docstring(node, clean=False) or ""
             length = node.end_lineno - node.lineno + 1 - docstring.count("\n")
             assert length <= 60, f"{node.name} has {length} lines"
-    if path.name != "train_denoiser.py":
-        assert len(text.splitlines()) <= 350
+    # A file of pipelines/ stands alone, or nearly: what it needs it holds.
+    assert len(text.splitlines()) <= (420 if path.parent.name == "pipelines" else 350)
 
 
 def test_nobody_reads_pickles_or_trusts_files():

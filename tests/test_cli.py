@@ -90,9 +90,9 @@ def test_config_prints_what_reads_back_and_what_it_means(capsys, monkeypatch, ti
     ("arguments", "words"),
     [
         (["train", "none.yaml"], "there is no config file none.yaml"),
-        (["evaluate", "none", "none"], "none is no exported autoencoder"),
+        (["evaluate", "none", "none"], "there is no folder, parquet or tar file at none"),
         (["export", "none", "out"], "none is no training run"),
-        (["encode", "none", "none", "out"], "none is no exported autoencoder"),
+        (["encode", "none", ".", "out"], "none is no exported autoencoder"),
         (["decode", "none", "out"], "none is no finished latents folder"),
         (["config"], "give a YAML file"),
     ],
