@@ -55,6 +55,7 @@ TILE = 192
 CROPS = 1536  # encoded for the denoiser
 CROP_SIDE = 64
 RESERVE = 60.0  # seconds for everything that is not training, on two slow cores
+SAMPLING = 30.0  # seconds of these for the last stage
 AUTOENCODER_SHARE = 0.55
 
 console = Console()
@@ -97,7 +98,7 @@ def run(output: Path, budget: float) -> None:
     with stage("encode crops"):
         encode_crops(output)
     with stage("train the denoiser"):
-        left = budget - (time.perf_counter() - START) - 20
+        left = budget - (time.perf_counter() - START) - SAMPLING
         train_denoiser(output, max(20.0, left), config.training.precision)
     with stage("sample with stock diffusers"):
         sample_in_another_process(output)
