@@ -1,7 +1,7 @@
-import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -163,8 +163,10 @@ def test_nothing_is_overwritten_and_failures_leave_nothing(run_folder, tmp_path)
 
 @pytest.mark.parametrize("key", IGNORED_BY)
 def test_the_named_pipelines_do_ignore_it(key):
+    """Read as text: to import them would need transformers."""
+    files = (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")
+    sources = [file.read_text() for file in files]
     for name in IGNORED_BY[key]:
-        module = inspect.getmodule(getattr(diffusers, name))
-        source = inspect.getsource(module)
+        (source,) = [text for text in sources if f"class {name}(" in text]
         assert "scaling_factor" in source
         assert key not in source, f"{name} has learned {key}"
