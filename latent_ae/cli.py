@@ -136,7 +136,8 @@ def evaluate(
 
     if json is not None:  # what cannot be written is better known before the work
         json.parent.mkdir(parents=True, exist_ok=True)
-        json.touch()
+        if json.is_dir() or not os.access(json.parent, os.W_OK):
+            raise UserError(f"{json} cannot be written")
     pictures = source_of(data, source, split)
     result = evaluate(model, pictures, resolution=resolution, limit=limit, batch_size=batch_size)
     if json is not None:
@@ -268,6 +269,6 @@ def main() -> None:
     try:
         app()
     except (UserError, OSError) as error:  # OSError: no permission, no space, a file for a folder
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

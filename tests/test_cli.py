@@ -108,6 +108,24 @@ def test_bad_input_is_one_sentence_and_code_2(capsys, monkeypatch, tmp_path, arg
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unwritable_json_is_told_before_the_work(
+    capsys, monkeypatch, exported, photos, tmp_path
+):
+    code, _, err = run(capsys, monkeypatch, "evaluate", exported, photos, "--json", tmp_path)
+    assert code == 2
+    assert err.strip() == f"error: {tmp_path} cannot be written"
+
+
+def test_the_system_s_refusals_are_one_sentence(capsys, monkeypatch, tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_yaml(tiny(output=str(tmp_path / "file/run"))))
+    code, _, err = run(capsys, monkeypatch, "train", config)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+
+
 def test_python_m_latent_ae():
     result = subprocess.run(
         [sys.executable, "-m", "latent_ae", "config", "nothing.yaml"],
