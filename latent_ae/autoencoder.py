@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latent_ae.bottlenecks import build_bottleneck
+from latent_ae.bottlenecks import build_bottleneck, split_moments
 from latent_ae.config import AutoencoderConfig, NetworkConfig
 from latent_ae.errors import UserError
 from latent_ae.outputs import Reconstruction
@@ -27,6 +27,7 @@ __all__ = [
     "encode_moments",
     "full_precision",
     "load_network",
+    "reconstruct",
     "require_divisible",
     "weights_sha256",
 ]
@@ -154,6 +155,17 @@ def decode_latents(network: AutoencoderKL, latents: Tensor) -> Tensor:
     """
     decoded: Any = network.decode(latents)  # pyright: ignore[reportArgumentType]
     return decoded.sample
+
+
+def reconstruct(network: AutoencoderKL, images: Tensor) -> Tensor:
+    """The reconstruction from the posterior's mode: what is measured and shown.
+
+    Args:
+        network: diffusers' autoencoder.
+        images: of shape (B, 3, H, W), in [-1, 1]; so is the result, nominally.
+    """
+    mean, _ = split_moments(encode_moments(network, images))
+    return decode_latents(network, mean)
 
 
 class Autoencoder(nn.Module):

@@ -63,10 +63,6 @@ class KLBottleneck(nn.Module):
         statistics = {"latent_std": latents.detach().std(), "posterior_std": std.detach().mean()}
         return Code(latents, {"kl": kl}, statistics)
 
-    def mode(self, moments: Tensor) -> Tensor:
-        """The most probable latents, μ, of shape (B, c, h, w): what evaluation decodes."""
-        return split_moments(moments)[0]
-
 
 BOTTLENECKS: dict[str, Callable[[BottleneckConfig], nn.Module]] = {
     "kl": lambda config: KLBottleneck(deterministic=config.weight == 0),

@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latent_ae.autoencoder import (
-    decode_latents,
     default_device,
     downsampling,
     encode_moments,
+    reconstruct,
     weights_sha256,
 )
 from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
@@ -175,10 +175,7 @@ def _require_same(network: AutoencoderKL, folder: Path, images: Tensor) -> None:
     """Compares with what stock diffusers makes of the folder; a difference is a bug, not input."""
     loaded: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True)
     loaded = loaded.to(network.device).eval()
-    results = []
-    for model in (network, loaded):
-        mean, _ = split_moments(encode_moments(model, images))
-        results.append(decode_latents(model, mean))
+    results = [reconstruct(model, images) for model in (network, loaded)]
     difference = (results[0] - results[1]).abs().max().item()
     if difference > 1e-4:  # fp32 rounding under another memory layout stays below
         raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")

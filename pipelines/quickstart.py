@@ -193,8 +193,7 @@ def affordable_config(output: Path, budget: float) -> Any:
 def evaluate_held_out(output: Path) -> dict[str, Any]:
     """Measures the exported folder on the photographs it has not seen; writes their sheet."""
     from latent_ae import evaluate, load_network
-    from latent_ae.autoencoder import decode_latents, encode_moments
-    from latent_ae.bottlenecks import split_moments
+    from latent_ae.autoencoder import decode_latents, reconstruct
     from latent_ae.data import evaluation_batches, normalize, source_of, to_uint8
     from latent_ae.evaluation import lanczos_reduction
     from latent_ae.pictures import error_map, save_grid, save_sheet
@@ -204,9 +203,9 @@ def evaluate_held_out(output: Path) -> dict[str, Any]:
     network = load_network(output / "autoencoder")
     (batch,) = evaluation_batches(source_of(held_out), 256)
     with torch.no_grad():
-        mean, _ = split_moments(encode_moments(network, normalize(batch.images)))
-        decoded = to_uint8(decode_latents(network, mean))
-        noise = torch.randn(8, mean.shape[1], 32, 32, generator=torch.manual_seed(0))
+        decoded = to_uint8(reconstruct(network, normalize(batch.images)))
+        channels = network.config["latent_channels"]
+        noise = torch.randn(8, channels, 32, 32, generator=torch.manual_seed(0))
         prior = to_uint8(decode_latents(network, noise))
     lanczos = lanczos_reduction(batch.images, result.protocol["values_per_image"])
     columns = {

@@ -115,3 +115,12 @@ def run_folder(photos, tmp_path_factory, quiet):
 def exported(run_folder, tmp_path_factory):
     """The tiny run's exported folder."""
     return export_run(run_folder, tmp_path_factory.mktemp("exported") / "autoencoder", images=8)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Networks this small lose more to waiting threads than they win."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -33,7 +33,10 @@ from latent_diffusion import LatentDiffusionPipeline, scale_latents, unscale_lat
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 
 # Some of diffusers' schedulers hand torch tensors to numpy in the way of numpy 1.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 NAMES = {0: "cat", 1: "dog, hound", 2: "bird"}
 ZERO_SNR = {
@@ -97,15 +100,6 @@ def make_pipeline(denoiser=None, scheduler=None, vae=None, **options):
 def sample(pipe, seed=0, **options):
     options = {"num_inference_steps": 3, "output_type": "pt", **options}
     return pipe(generator=torch.Generator().manual_seed(seed), **options).images
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

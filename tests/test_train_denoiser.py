@@ -25,20 +25,12 @@ from latent_diffusion import LatentDiffusionPipeline, scale_latents
 from train_denoiser import DenoiserConfig, Trainer, app, learning_rate, train
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (4, 8, 8)
 UNET = {"denoiser": "unet", "channels": (8, 16), "layers": 1, "attention": 1}
 DIT = {"denoiser": "dit", "width": 16, "depth": 2, "heads": 2}
 TINY = {**UNET, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 2}
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_ae.autoencoder import (
-    decode_latents,
     default_device,
     downsampling,
-    encode_moments,
     full_precision,
     load_network,
+    reconstruct,
     require_divisible,
     weights_sha256,
 )
-from latent_ae.bottlenecks import split_moments
 from latent_ae.config import SMALLEST_MEASURED, SourceConfig
 from latent_ae.data import Skipped, evaluation_batches, normalize, source_of
 from latent_ae.errors import UserError
@@ -96,8 +94,7 @@ def evaluate(
             continue
         images = batch.images.to(device)
         with full_precision():
-            mean, _ = split_moments(encode_moments(network, normalize(images)))
-            metrics.update(images, decode_latents(network, mean))
+            metrics.update(images, reconstruct(network, normalize(images)))
         lanczos.update(images, lanczos_reduction(batch.images, values).to(device))
     protocol = {
         "data": source.path,

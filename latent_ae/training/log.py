@@ -23,6 +23,7 @@ from torch import Tensor
 
 from latent_ae.data import Skipped
 from latent_ae.errors import UserError
+from latent_ae.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +49,7 @@ class RunLog:
         self.started = self.since
         if not self.main:
             return
-        _drop_rows_after(run.folder.log_file, run.step)
+        _drop_rows_after(run.folder, run.step)
         self.file = run.folder.log_file.open("a", buffering=1)
         self.board = _tensorboard(run.folder.path / "tensorboard", run.step)
         self.bar = Progress(
@@ -157,21 +158,12 @@ class RunLog:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def _drop_rows_after(file: Path, step: int) -> None:
+def _drop_rows_after(folder: RunFolder, step: int) -> None:
     """Forgets the rows that a killed run wrote after its last checkpoint: they come again."""
-    if not file.is_file():
-        return
-    rows = [line for line in file.read_text().splitlines() if _step_of(line) <= step]
-    aside = file.with_suffix(".tmp")
+    rows = [json.dumps(row) for row in folder.log_rows() if row["step"] <= step]
+    aside = folder.log_file.with_suffix(".tmp")
     aside.write_text("".join(row + "\n" for row in rows))
-    aside.replace(file)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut short when the run was killed
-        return float("inf")
+    aside.replace(folder.log_file)
 
 
 def _tensorboard(folder: Path, step: int) -> SummaryWriter:

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -136,7 +135,6 @@ def prepare(config: Config) -> Run:
 
 
 def _accelerator(config: Config) -> Accelerator:
-    folder = ProjectConfiguration(project_dir=config.output)
     # Training decides the number of micro-steps, not the launcher's environment.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     # A process that trains twice may do so in another precision; Accelerate keeps the first one's.
@@ -144,7 +142,6 @@ def _accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[config.training.precision],
         gradient_accumulation_steps=config.training.accumulation,
-        project_config=folder,
     )
     if config.training.precision == "fp16" and accelerator.scaler is None:
         # Accelerate would train on, without the scaling that keeps small gradients from vanishing.

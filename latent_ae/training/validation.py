@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from latent_ae.autoencoder import decode_latents, encode_moments, full_precision
-from latent_ae.bottlenecks import split_moments
+from latent_ae.autoencoder import full_precision, reconstruct
 from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
@@ -63,9 +62,7 @@ def validate(run: Run, config: ValidationConfig) -> dict[str, float]:
             if not batch.samples:
                 continue
             images = batch.images.to(device)
-            mean, _ = split_moments(encode_moments(run.network, normalize(images)))
-            decoded = decode_latents(run.network, mean)
-            rounded = metrics.update(images, decoded)
+            rounded = metrics.update(images, reconstruct(run.network, normalize(images)))
             if sum(len(pair[0]) for pair in kept) < _SHEET_ROWS:
                 kept.append((images.cpu(), rounded.cpu()))
     images, decoded = (torch.cat(column)[:_SHEET_ROWS] for column in zip(*kept, strict=True))
