@@ -1,0 +1,27 @@
+"""The keys of a run's YAML file, their defaults and what they mean."""
+
+from latent_ae.config.data import DataConfig, SourceConfig, ValidationConfig
+from latent_ae.config.model import (
+    AutoencoderConfig,
+    BottleneckConfig,
+    LossesConfig,
+    NetworkConfig,
+    PerceptualConfig,
+)
+from latent_ae.config.run import Config
+from latent_ae.config.section import Section
+from latent_ae.config.training import TrainingConfig
+
+__all__ = [
+    "AutoencoderConfig",
+    "BottleneckConfig",
+    "Config",
+    "DataConfig",
+    "LossesConfig",
+    "NetworkConfig",
+    "PerceptualConfig",
+    "Section",
+    "SourceConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+]

@@ -1,0 +1,86 @@
+"""Where pictures come from and how they are cut."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from latent_ae.config.section import Section
+
+__all__ = ["SMALLEST_MEASURED", "DataConfig", "SourceConfig", "ValidationConfig"]
+
+# Below this LPIPS' pooling and the window of SSIM no longer fit.
+SMALLEST_MEASURED = 32
+
+
+class SourceConfig(Section):
+    """Where pictures come from; everything is read through the `datasets` library."""
+
+    source: Literal["imagefolder", "saved", "parquet", "webdataset", "hub"] = "imagefolder"
+    """`imagefolder`: pictures below a folder; `saved`: a folder written by `save_to_disk`;
+    `parquet`: a file, a folder or a glob; `webdataset`: tars, a folder or a glob; `hub`: a name on
+    the hub."""
+    path: str
+    """The folder, file, glob or hub name."""
+    split: str = "train"
+    """Which split of a `saved` or `hub` data set."""
+    image_column: str | None = None
+    """The column that holds the picture; found by its type when left out."""
+    streaming: bool = False
+    """Read in order as it comes, without random access: for data that is too large to index."""
+
+
+class DataConfig(SourceConfig):
+    """The training pictures and how a batch is cut from them."""
+
+    resolution: PositiveInt = 256
+    """Side of the training crop, in pixels."""
+    resize: PositiveInt | None = None
+    """Resize the shorter side to this before the crop (Lanczos); left out, `random` crops the
+    picture at its own size and `center` resizes to `resolution`."""
+    crop: Literal["random", "center", "random_resized"] = "random"
+    """`random_resized` takes a square of `crop_area` of the picture and resizes it."""
+    crop_area: tuple[PositiveFloat, PositiveFloat] = (0.25, 1.0)
+    """Smallest and largest area of a `random_resized` crop, as a share of the largest square."""
+    flip: bool = True
+    """Mirror every second picture, left to right."""
+    batch_size: PositiveInt = 16
+    """Pictures a process and micro-step."""
+    workers: NonNegativeInt = 4
+    """Loader processes beside each training process."""
+    shuffle_buffer: PositiveInt = 1000
+    """Pictures held for shuffling when streaming."""
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> DataConfig:
+        if self.resize is not None and self.resize < self.resolution:
+            raise ValueError(f"resize {self.resize} is below resolution {self.resolution}")
+        return self
+
+    @field_validator("crop_area")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] <= value[1] <= 1:
+            raise ValueError("the two shares must satisfy smallest <= largest <= 1")
+        return value
+
+
+class ValidationConfig(SourceConfig):
+    """Held-out pictures: shorter side resized by Lanczos, centre crop, posterior mode."""
+
+    split: str = "validation"
+    """Which split of a `saved` or `hub` data set."""
+    resolution: PositiveInt | None = Field(default=None, ge=SMALLEST_MEASURED)
+    """Left out: the training resolution."""
+    images: PositiveInt = 64
+    """At most this many."""
+    batch_size: PositiveInt = 8
+    """Pictures a pass."""

@@ -1,0 +1,111 @@
+"""The network, its bottleneck and what they are trained for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from latent_ae.config.section import Section
+
+__all__ = [
+    "AutoencoderConfig",
+    "BottleneckConfig",
+    "LossesConfig",
+    "NetworkConfig",
+    "PerceptualConfig",
+]
+
+
+class NetworkConfig(Section):
+    """diffusers' `AutoencoderKL`, built anew or loaded from a folder."""
+
+    path: str | None = None
+    """A folder that diffusers can load (yours or anybody's): fine-tune it. No other key then."""
+    in_channels: Literal[3] = 3
+    """RGB."""
+    block_out_channels: tuple[PositiveInt, ...] = Field(default=(128, 256, 512, 512), min_length=1)
+    """Channels of each level; each level after the first halves the side."""
+    layers_per_block: PositiveInt = 2
+    """Residual blocks a level in the encoder (the decoder has one more)."""
+    latent_channels: PositiveInt = 4
+    """Channels c of the latents."""
+    norm_num_groups: PositiveInt = 32
+    """Groups of every GroupNorm; divides each of `block_out_channels`."""
+    mid_block_add_attention: bool = True
+    """Self-attention at the smallest size."""
+    use_quant_conv: bool = True
+    """The 1 × 1 convolutions on either side of the latents, as in SD 1.x and SDXL."""
+    init: Literal["default", "zero_residual", "linear"] = "default"
+    """`zero_residual`: every residual block starts as the identity; `linear`: the whole network
+    starts as the best linear code of the training crops (needs `mid_block_add_attention: false`
+    and few `norm_num_groups`)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NetworkConfig:
+        others = self.model_fields_set - {"path"}
+        if self.path is not None and others:
+            raise ValueError(
+                f"with `path` the network is that of the folder; remove {', '.join(sorted(others))}"
+            )
+        for channels in self.block_out_channels:
+            if self.path is None and channels % self.norm_num_groups:
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} does not divide "
+                    f"{channels} of block_out_channels"
+                )
+        return self
+
+    @property
+    def downsampling(self) -> int:
+        """The factor f between the side of an image and that of its latents (new networks)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class BottleneckConfig(Section):
+    """What stands between encoder and decoder."""
+
+    kind: Literal["kl"] = "kl"
+    """`kl`: a diagonal Gaussian posterior."""
+    weight: NonNegativeFloat = 1e-6
+    """λ before the KL term, per image element; 0 makes a plain autoencoder (code = mean)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which λ rises linearly from 0."""
+
+
+class AutoencoderConfig(Section):
+    """What it takes to build the autoencoder."""
+
+    network: NetworkConfig = NetworkConfig()
+    bottleneck: BottleneckConfig = BottleneckConfig()
+
+
+class PerceptualConfig(Section):
+    """LPIPS (Zhang et al. 2018)."""
+
+    net: Literal["alex", "vgg"] = "vgg"
+    """The backbone; `alex` ships with the package."""
+    weight: PositiveFloat = 1.0
+    """w before the LPIPS term."""
+    path: str | None = None
+    """A safetensors file of torchvision's backbone weights; left out, torchvision fetches them."""
+
+
+class LossesConfig(Section):
+    """The reconstruction side of the objective."""
+
+    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
+    """Distance of pixels, the mean over image elements."""
+    perceptual: PerceptualConfig | None = None
+    """Left out: no perceptual term."""
+    variance: Literal["fixed", "learned"] = "fixed"
+    """`learned`: (pixel + w·LPIPS) / exp(s) + s with one trained scalar s (LDM's `logvar`)."""
+    logvar_init: float = 0.0
+    """Where s starts."""

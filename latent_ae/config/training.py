@@ -1,0 +1,50 @@
+"""How long, how fast, how precise."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from latent_ae.config.section import Section
+
+__all__ = ["Beta", "TrainingConfig"]
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainingConfig(Section):
+    """How long, how fast, how precise."""
+
+    steps: PositiveInt = 100_000
+    """Optimizer updates in all."""
+    learning_rate: PositiveFloat = 1e-4
+    """The peak; never scaled behind your back."""
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Adam's."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's, decoupled."""
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up of the learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """From the peak: stay, or fall to zero at the last step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of autocast; weights, optimizer and EMA stay fp32."""
+    accumulation: PositiveInt = 1
+    """Micro-steps an update."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm (after unscaling); 0 for none."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged weights that are validated and exported; 0 for none."""
+    channels_last: bool = True
+    """Memory layout of the network: faster convolutions, same numbers within rounding."""
+    seed: int = 0
+    """Of initialisation, order, crops and posterior noise."""
+    log_every: PositiveInt = 20
+    """Steps between rows of log.jsonl and TensorBoard."""
+    validate_every: PositiveInt = 2000
+    """Steps between validations; the last step is always validated."""
+    checkpoint_every: PositiveInt = 1000
+    """Steps between checkpoints; the last step always leaves one."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of them stay."""
