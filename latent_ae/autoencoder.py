@@ -185,6 +185,12 @@ class Autoencoder(nn.Module):
         """Builds both parts; raises `UserError` where `network.path` cannot be loaded."""
         return cls(build_network(config.network), build_bottleneck(config.bottleneck))
 
+    def blocks(self) -> list[nn.Module]:
+        """The network's blocks, each a unit to shard or to compile, without its outer layers."""
+        encoder, decoder = self.network.encoder, self.network.decoder
+        parts = [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
+        return [part for part in parts if part is not None]  # pyright: ignore
+
     def forward(self, images: Tensor) -> Reconstruction:
         """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
         code = self.bottleneck(encode_moments(self.network, images))

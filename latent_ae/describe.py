@@ -6,14 +6,20 @@ import os
 
 import torch
 
+from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
-from latent_ae.config import Config
+from latent_ae.config import AdversaryConfig, Config
+from latent_ae.memory import training_memory
 
 __all__ = ["describe"]
 
 
-def describe(config: Config) -> dict[str, str]:
+def describe(config: Config, processes: int | None = None) -> dict[str, str]:
     """Facts about a run, by title; the network is built without memory for its weights.
+
+    Args:
+        config: the run.
+        processes: how many train; the launcher's environment says it when left out.
 
     Raises:
         UserError: `network.path` cannot be loaded, or a resolution does not fit the network.
@@ -27,24 +33,56 @@ def describe(config: Config) -> dict[str, str]:
     factor, side = downsampling(network), config.data.resolution
     channels = network.config["latent_channels"]
     shape = (channels, side // factor, side // factor)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     training = config.training
     micro, accumulation = config.data.batch_size, training.accumulation
     batch = micro * accumulation * processes
     parts = {"encoder": network.encoder, "decoder": network.decoder, "in all": network}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     values = channels * shape[1] * shape[2]
-    return {
+    memory = training_memory(config, network, processes)
+    largest = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())
+    facts = {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "images": f"3 × {side} × {side} in [-1, 1]",
         "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
         "compression": f"{3 * side * side / values:g} image values a latent value",
         "loss": _loss(config) + ", per image element",
         "kl weight λ": _weight(config, values / (3 * side * side)),
+        "adversary": _adversary(config.adversary) if config.adversary else "none",
         "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
+        "learning rate": _rate(config, batch),
         "training": f"{training.steps:,} steps, {training.steps * batch:,} images",
+        "memory a process": f"about {_gib(memory.total)} ({largest})",
     }
+    return facts
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _rate(config: Config, batch: int) -> str:
+    training = config.training
+    text = (
+        f"{training.learning_rate:g}, {training.learning_rate / batch:.3g} a picture of the batch"
+    )
+    if training.warmup_steps:
+        text += f"; rises over {training.warmup_steps:,} steps"
+    return text + (f"; then {training.schedule}" if training.schedule != "constant" else "")
+
+
+def _adversary(config: AdversaryConfig) -> str:
+    with torch.device("meta"):
+        judge = Adversary(config.model_copy(update={"path": None})).discriminator
+    count = sum(p.numel() for p in judge.parameters())
+    weight = f"{config.weight:g}{' × the adaptive weight' if config.adaptive else ''}"
+    learns = max(0, config.start - config.warmup_steps)
+    return (
+        f"{config.loss}, {count:,} parameters, sees {judge.receptive_field} pixels; learns from "
+        f"step {learns:,}, is heard from {config.start:,} with weight {weight}"
+    )
 
 
 def _loss(config: Config) -> str:

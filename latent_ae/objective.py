@@ -33,9 +33,16 @@ class Objective(nn.Module):
     decoder; with the learned one s is its logarithm up to a factor and λ = 2 is the exact bound
     (docs/theory.md). The learned s is LDM's `logvar` (`ldm/modules/losses/contperceptual.py`),
     there left out of the optimizer; here it is this module's parameter.
+
+    Args:
+        losses: the reconstruction side.
+        bottleneck: λ and its warm-up.
+        untrained: leave LPIPS' weights random, where only shapes matter.
     """
 
-    def __init__(self, losses: LossesConfig, bottleneck: BottleneckConfig) -> None:
+    def __init__(
+        self, losses: LossesConfig, bottleneck: BottleneckConfig, *, untrained: bool = False
+    ) -> None:
         super().__init__()
         self.pixel = PIXEL_LOSSES[losses.pixel]
         self.pixel_name = losses.pixel
@@ -44,7 +51,8 @@ class Objective(nn.Module):
         self.perceptual_weight = losses.perceptual.weight if losses.perceptual else 0.0
         self.perceptual: PerceptualLoss | None = None
         if losses.perceptual is not None:
-            self.perceptual = PerceptualLoss(losses.perceptual.net, losses.perceptual.path)
+            net, path = losses.perceptual.net, losses.perceptual.path
+            self.perceptual = PerceptualLoss(net, path, untrained=untrained)
         self.logvar: nn.Parameter | None = None
         if losses.variance == "learned":
             self.logvar = nn.Parameter(torch.tensor(float(losses.logvar_init)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class RunFolder:
 
     `config.yaml`, `log.jsonl`, `tensorboard/`, `samples/step-*.png` and `checkpoints/step-*/`, each
     of these with `network/` (diffusers' format, the raw weights), `ema.safetensors`,
-    `objective.safetensors`, `optimizer.pt`, `process-*.pt` and `progress.json`.
+    `objective.safetensors`, `discriminator.safetensors`, `optimizer.pt`, `process-*.pt` and
+    `progress.json`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,7 +42,7 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:09d}.png"
 
     def all_checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first (one being written still has another name)."""
+        """Whole checkpoints, oldest first (one being written or removed has another name)."""
         return sorted(self.checkpoints.glob("step-*[0-9]"))
 
     def latest(self) -> Path:
@@ -55,6 +57,60 @@ class RunFolder:
         if not found:
             raise UserError(f"the run {self.path} has no checkpoint yet")
         return found[-1]
+
+    def best(self, metric: str) -> Path | None:
+        """The checkpoint with the best validation (`lpips` low, others high), if any has one."""
+        scored = [
+            (metrics[metric], path)
+            for path in self.all_checkpoints()
+            if (metrics := self.progress(path).get("validation"))
+        ]
+        if not scored:
+            return None
+        return (min if metric == "lpips" else max)(scored)[1]
+
+    def chosen(self, which: str) -> Path:
+        """The checkpoint that a person means by `last`, `best` or a step's number.
+
+        Raises:
+            UserError: there is none.
+        """
+        latest = self.latest()
+        if which == "last":
+            return latest
+        if which == "best":
+            found = self.best(self.config().training.best_by)
+        else:
+            found = self.checkpoint(int(which)) if which.isdecimal() else None
+        if found is None or not found.is_dir():
+            steps = ", ".join(str(int(path.name[5:])) for path in self.all_checkpoints())
+            raise UserError(f"the run {self.path} has no checkpoint {which!r}; its steps: {steps}")
+        return found
+
+    def progress(self, checkpoint: Path) -> dict[str, Any]:
+        """`step`, `images`, `processes` … of a checkpoint, and its `validation` if it had one."""
+        return json.loads((checkpoint / "progress.json").read_text())
+
+    def note_validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes metrics into a checkpoint, whole or not at all."""
+        file = self.checkpoint(step) / "progress.json"
+        aside = file.with_suffix(".tmp")
+        aside.write_text(json.dumps({**self.progress(file.parent), "validation": metrics}))
+        aside.replace(file)
+
+    def prune(self, keep: int, best_by: str) -> None:
+        """Removes all checkpoints but the newest `keep` and the best."""
+        best = self.best(best_by)
+        for path in self.all_checkpoints()[:-keep]:
+            if path != best:
+                # Killed half-way through, a folder of that name must not pass for a checkpoint.
+                path = path.rename(path.with_name(path.name + ".removed.tmp"))
+                shutil.rmtree(path)
+
+    def sweep(self) -> None:
+        """Removes what a kill left half-written or half-removed."""
+        for path in self.checkpoints.glob("*.tmp"):
+            shutil.rmtree(path)
 
     def config(self) -> Config:
         """The run's resolved config."""
@@ -78,11 +134,18 @@ class RunFolder:
                 continue
         return rows
 
-    def trained_network(self) -> tuple[AutoencoderKL, dict[str, Any]]:
-        """The newest checkpoint's network with averaged weights if there are any; its progress."""
-        checkpoint = self.latest()
+    def trained_network(self, which: str = "last") -> tuple[AutoencoderKL, dict[str, Any]]:
+        """A checkpoint's network, with averaged weights if there are any, and its progress.
+
+        Args:
+            which: `last`, `best` or a step's number.
+
+        Raises:
+            UserError: the run has no such checkpoint.
+        """
+        checkpoint = self.chosen(which)
         network = load_network(checkpoint / "network")
         averaged = checkpoint / "ema.safetensors"
         if averaged.is_file():
             network.load_state_dict(load_file(averaged))
-        return network, json.loads((checkpoint / "progress.json").read_text())
+        return network, self.progress(checkpoint)

@@ -1,5 +1,6 @@
 """The keys of a run's YAML file, their defaults and what they mean."""
 
+from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
 from latent_ae.config.data import DataConfig, SourceConfig, ValidationConfig
 from latent_ae.config.model import (
     AutoencoderConfig,
@@ -13,10 +14,12 @@ from latent_ae.config.section import Section
 from latent_ae.config.training import TrainingConfig
 
 __all__ = [
+    "AdversaryConfig",
     "AutoencoderConfig",
     "BottleneckConfig",
     "Config",
     "DataConfig",
+    "DiscriminatorConfig",
     "LossesConfig",
     "NetworkConfig",
     "PerceptualConfig",

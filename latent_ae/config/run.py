@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
 from latent_ae.config.model import AutoencoderConfig, LossesConfig
 from latent_ae.config.training import TrainingConfig
@@ -16,6 +17,8 @@ class Config(AutoencoderConfig):
 
     data: DataConfig
     losses: LossesConfig = LossesConfig()
+    adversary: AdversaryConfig | None = None
+    """Left out: none."""
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig | None = None
     output: str

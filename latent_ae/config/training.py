@@ -8,8 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from latent_ae.config.section import Section
 
-__all__ = ["Beta", "TrainingConfig"]
+__all__ = ["Beta", "Tracker", "TrainingConfig"]
 
+Tracker = Literal["wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -38,6 +39,13 @@ class TrainingConfig(Section):
     """Decay of the averaged weights that are validated and exported; 0 for none."""
     channels_last: bool = True
     """Memory layout of the network: faster convolutions, same numbers within rounding."""
+    gradient_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of storing them."""
+    compile: bool = False
+    """`torch.compile` each block of the network; needs a C++ compiler, and minutes at the start."""
+    shard: bool = False
+    """Share out weights, gradients and optimizer over the processes (FSDP2) instead of copying
+    them to each (DDP)."""
     seed: int = 0
     """Of initialisation, order, crops and posterior noise."""
     log_every: PositiveInt = 20
@@ -47,4 +55,15 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt = 1000
     """Steps between checkpoints; the last step always leaves one."""
     keep_checkpoints: PositiveInt = 2
-    """How many of them stay."""
+    """How many of them stay; the one with the best validation stays beside them."""
+    best_by: Literal["lpips", "psnr", "ssim"] = "lpips"
+    """What makes a validation the best: the lowest LPIPS, or the highest PSNR or SSIM."""
+    patience: PositiveInt = 20
+    """Updates in a row that may be skipped because a loss or gradient is no number; then the run
+    goes back to its last checkpoint."""
+    rollbacks: NonNegativeInt = 3
+    """How often it may go back before it stops; 0 stops at once."""
+    rollback_rate: PositiveFloat = Field(default=0.5, le=1)
+    """What the learning rates are multiplied by each time."""
+    trackers: tuple[Tracker, ...] = ()
+    """Beside TensorBoard, which is always written: `wandb` and others that Accelerate knows."""

@@ -7,6 +7,7 @@ and a run resumes from one integer: how many pictures it has had.
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -117,6 +118,16 @@ class _Streamed(IterableDataset):
         self.rows.load_state_dict(state["rows"])
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    """The run answers SIGTERM and SIGUSR1, which schedulers send to all its processes alike.
+
+    A worker that died of them would take the step down that the run means to finish. Workers end
+    when their queue tells them to, or when their parent is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TrainingStream:
     """An endless iterator of training batches that knows where it is.
 
@@ -148,6 +159,7 @@ class TrainingStream:
             "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
             "num_workers": config.workers,
+            "worker_init_fn": _ignore_stop_signals,
             # Left to itself a loader draws from torch's global generator: the posterior noise of a
             # resumed run would differ from that of one never stopped.
             "generator": torch.Generator(),
@@ -168,6 +180,8 @@ class TrainingStream:
                 _Indexed(source, crop, seed), batch_sampler=tickets, **options
             )
         self.source, self._rank = source, rank
+        # Pictures of one pass; None where nobody knows before the stream ends.
+        self.epoch: int | None = None if config.streaming else len(source.rows)
         self._batches = iter(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -18,25 +18,29 @@ __all__ = ["PerceptualLoss", "load_backbone"]
 _NORM_EPSILON = 1e-10  # lpips.normalize_tensor's
 
 
-def load_backbone(net: str, path: str | None = None) -> lpips.LPIPS:
+def load_backbone(net: str, path: str | None = None, *, untrained: bool = False) -> lpips.LPIPS:
     """A frozen `lpips.LPIPS` v0.1 in eval mode.
 
     Args:
         net: `alex` (the ImageNet backbone ships with this package, in fp16) or `vgg`.
         path: a safetensors file of torchvision's ImageNet weights under torchvision's names
             (`features.0.weight`, …) to use instead.
+        untrained: take random weights, where only shapes matter.
 
     Raises:
         UserError: the file lacks weights of this backbone, or VGG16 is neither given nor fetched.
     """
-    if path is None and net == "alex":
+    if untrained:
+        path = None
+    elif path is None and net == "alex":
         path = str(files("latent_ae") / "assets" / "lpips_alexnet.safetensors")
     # The random weights that lpips begins with must not move the posterior noise of a run.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # lpips 0.1.4 asks torchvision in the deprecated way.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         try:
-            model = lpips.LPIPS(net=net, pnet_rand=path is not None, verbose=False)
+            random = untrained or path is not None
+            model = lpips.LPIPS(net=net, pnet_rand=random, pretrained=not untrained, verbose=False)
         except Exception as error:  # urllib's, the hub's or the file system's
             raise UserError(
                 f"the {net} backbone of LPIPS cannot be fetched by torchvision ({error}); where "
@@ -76,9 +80,11 @@ class PerceptualLoss(nn.Module):
     0, and a flat image gives NaN).
     """
 
-    def __init__(self, net: str = "alex", path: str | None = None) -> None:
+    def __init__(
+        self, net: str = "alex", path: str | None = None, *, untrained: bool = False
+    ) -> None:
         super().__init__()
-        self.lpips = load_backbone(net, path)
+        self.lpips = load_backbone(net, path, untrained=untrained)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """Stays in eval mode: lpips' dropout has no place in a loss."""

@@ -17,15 +17,16 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latent_ae.adversary import Adversary
+from latent_ae.autoencoder import WEIGHTS_FILE
 from latent_ae.errors import UserError
+from latent_ae.losses import save_discriminator
+from latent_ae.run_folder import RunFolder
+from latent_ae.training.sharding import fill_, like_parameters, whole
 
-__all__ = ["Checkpoint", "averaged_state"]
+__all__ = ["Checkpoint"]
 
-
-def averaged_state(network: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The averaged weights under the network's parameter names."""
-    names = [name for name, _ in network.named_parameters()]
-    return dict(zip(names, ema.shadow_params, strict=True))
+_PREFIX = "discriminator."
 
 
 @dataclass
@@ -36,63 +37,101 @@ class Checkpoint:
     network: AutoencoderKL
     objective: nn.Module
     optimizer: AcceleratedOptimizer
+    adversary: Adversary | None
+    discriminator_optimizer: torch.optim.Optimizer | None
     ema: EMAModel | None
 
-    def save(self, path: Path, step: int, images: int, loader: Any, keep: int) -> None:
-        """Writes beside `path`, then renames; then removes all but the newest `keep`.
+    def save(
+        self, folder: RunFolder, progress: dict[str, Any], *, loader: Any, keep: int, best_by: str
+    ) -> None:
+        """Writes beside the checkpoint's place, then renames; then removes what need not stay.
+
+        A checkpoint that lies there already is left as it is.
 
         Args:
-            path: the checkpoint's folder.
-            step: updates done.
-            images: pictures seen by all processes.
+            folder: the run's.
+            progress: `step`, `images` and whatever else is to come back.
             loader: the position of this process's streaming loader, or None.
-            keep: how many checkpoints stay.
+            keep: how many checkpoints stay; the best one stays beside them.
+            best_by: the metric that tells which this is.
+
+        Raises:
+            UserError: it cannot be written, on whichever process; the earlier ones are untouched.
         """
-        aside = path.with_name(path.name + ".tmp")
+        path = folder.checkpoint(progress["step"])
+        if path.exists():
+            return
+        aside, error = path.with_name(path.name + ".tmp"), None
+        state = self._whole_state()
         if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+            error = _attempt(lambda: _renew(aside))
+        self._agree(error, aside)
+        error = _attempt(lambda: self._write(aside, state, progress, loader))
+        self._agree(error, aside)
+        if self.accelerator.is_main_process:
+            error = _attempt(lambda: _publish(aside, path))
+        self._agree(error, aside)
+        if self.accelerator.is_main_process:
+            folder.prune(keep, best_by)
+
+    def _agree(self, error: Exception | None, aside: Path) -> None:
+        """Waits for every process; if one of them has failed, all of them say so."""
+        device = self.accelerator.device
+        failed = torch.tensor(float(error is not None), device=device)
+        if self.accelerator.reduce(failed, reduction="sum").item():  # pyright: ignore
+            if self.accelerator.is_main_process:
+                shutil.rmtree(aside, ignore_errors=True)
+            reason = error or "another process could not write its part"
+            raise UserError(
+                f"the checkpoint {aside.with_suffix('')} could not be written: {reason}; the last "
+                "whole one is untouched, and the same command goes on from it"
+            ) from error
+
+    def _whole_state(self) -> dict[str, Any]:
+        """All that is the same on every process; a collective where the run is sharded."""
+        trained = {n: p for n, p in self.objective.named_parameters() if p.requires_grad}
+        state = {
+            "network": self.network.state_dict(),
+            "ema": averaged_state(self.network, self.ema) if self.ema else None,
+            "objective": {name: parameter.detach() for name, parameter in trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        return whole(state)
+
+    def _write(
+        self, aside: Path, state: dict[str, Any], progress: dict[str, Any], loader: Any
+    ) -> None:
         rank = self.accelerator.process_index
         torch.save({"rng": _rng_state(), "loader": loader}, aside / f"process-{rank}.pt")
-        if self.accelerator.is_main_process:
-            self._save_shared(aside, {"step": step, "images": images})
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            for file in aside.rglob("*"):
-                _sync(file)
-            if path.exists():
-                shutil.rmtree(path)
-            aside.rename(path)
-            _sync(path.parent)
-            for old in sorted(path.parent.glob("step-*[0-9]"))[:-keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _save_shared(self, folder: Path, progress: dict[str, int]) -> None:
-        self.network.save_pretrained(folder / "network")
-        if self.ema is not None:
-            averaged = averaged_state(self.network, self.ema)
-            save_file({k: v.contiguous() for k, v in averaged.items()}, folder / "ema.safetensors")
-        save_file(self._objective_state(), folder / "objective.safetensors")
-        scaler = self.accelerator.scaler
+        if not self.accelerator.is_main_process:
+            _sync(aside / f"process-{rank}.pt")
+            return
+        self.network.save_config(aside / "network")
+        _save_tensors(state["network"], aside / "network" / WEIGHTS_FILE)
+        if state["ema"] is not None:
+            _save_tensors(state["ema"], aside / "ema.safetensors")
+        _save_tensors(state["objective"], aside / "objective.safetensors")
+        scaler, judge = self.accelerator.scaler, self.discriminator_optimizer
+        if self.adversary is not None:
+            save_discriminator(self.adversary.discriminator, aside / "discriminator.safetensors")
         torch.save(
             {
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": state["optimizer"],
+                "discriminator_optimizer": judge.state_dict() if judge else None,
+                "adversary": _averages(self.adversary),
                 "scaler": scaler.state_dict() if scaler else None,
                 "ema_step": self.ema.optimization_step if self.ema else 0,
             },
-            folder / "optimizer.pt",
+            aside / "optimizer.pt",
         )
         processes = self.accelerator.num_processes
-        text = json.dumps({**progress, "processes": processes})
-        (folder / "progress.json").write_text(text)
+        (aside / "progress.json").write_text(json.dumps({**progress, "processes": processes}))
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Reads a checkpoint into the run's parts.
 
         Returns:
-            `step`, `images` and this process's `loader` position.
+            The progress that was saved, and this process's `loader` position.
 
         Raises:
             UserError: the checkpoint is not of this network or cannot be read.
@@ -104,18 +143,18 @@ class Checkpoint:
 
     def _restore(self, path: Path) -> dict[str, Any]:
         progress = json.loads((path / "progress.json").read_text())
-        weights = load_file(path / "network" / "diffusion_pytorch_model.safetensors")
-        self.network.load_state_dict(weights)
+        _fill_all(self.network.state_dict(), load_file(path / "network" / WEIGHTS_FILE))
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(like_parameters(state["optimizer"], parameters))
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            averaged = load_file(path / "ema.safetensors")
-            for name, shadow in averaged_state(self.network, self.ema).items():
-                shadow.copy_(averaged[name])
+            averaged = averaged_state(self.network, self.ema)
+            _fill_all(averaged, load_file(path / "ema.safetensors"))
             self.ema.optimization_step = state["ema_step"]
         self.objective.load_state_dict(load_file(path / "objective.safetensors"), strict=False)
+        self._restore_adversary(path, state)
         own = path / f"process-{self.accelerator.process_index}.pt"
         progress["loader"] = None
         # Another number of processes: the picture count still holds, noise starts from the seed.
@@ -125,9 +164,61 @@ class Checkpoint:
             progress["loader"] = local["loader"]
         return progress
 
-    def _objective_state(self) -> dict[str, Tensor]:
-        trained = {n: p for n, p in self.objective.named_parameters() if p.requires_grad}
-        return {name: parameter.detach().cpu() for name, parameter in trained.items()}
+    def _restore_adversary(self, path: Path, state: dict[str, Any]) -> None:
+        """A run that had no adversary before begins with a new one."""
+        file, judge = path / "discriminator.safetensors", self.discriminator_optimizer
+        if self.adversary is None or judge is None or not file.is_file():
+            return
+        _fill_all(self.adversary.discriminator.state_dict(), load_file(file))
+        self.adversary.load_state_dict(state["adversary"], strict=False)
+        judge.load_state_dict(state["discriminator_optimizer"])
+
+
+def averaged_state(network: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
+    """The averaged weights under the network's parameter names."""
+    names = [name for name, _ in network.named_parameters()]
+    return dict(zip(names, ema.shadow_params, strict=True))
+
+
+def _averages(adversary: Adversary | None) -> dict[str, Tensor]:
+    """What the adversary remembers beside the discriminator."""
+    state = adversary.state_dict() if adversary else {}
+    return {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
+
+
+def _fill_all(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    if targets.keys() != sources.keys():
+        different = sorted(targets.keys() ^ sources.keys())
+        raise ValueError(f"it is of another network: {', '.join(different[:3])} differ")
+    for name, target in targets.items():
+        if target.shape != sources[name].shape:
+            raise ValueError(f"it is of another network: {name} has another shape")
+        fill_(target, sources[name])
+
+
+def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    save_file({k: v.contiguous() for k, v in state.items()}, path, {"format": "pt"})
+
+
+def _attempt(write: Any) -> Exception | None:
+    try:
+        write()
+    except Exception as error:  # the file system's, safetensors' and torch's own kinds
+        return error
+    return None
+
+
+def _renew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Makes sure that the disk holds every file, then lets the folder appear."""
+    for file in [*aside.rglob("*"), aside]:
+        _sync(file)
+    aside.rename(path)
+    _sync(path.parent)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""What a run tells: a progress bar or lines, rows of JSON, TensorBoard."""
+"""What a run tells: a progress bar or lines, rows of JSON, TensorBoard and other trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -22,15 +24,19 @@ from rich.progress import (
 from torch import Tensor
 
 from latent_ae.data import Skipped
-from latent_ae.errors import UserError
 from latent_ae.run_folder import RunFolder
+from latent_ae.training.guard import Alarms
+from latent_ae.training.schedule import learning_rate
+from latent_ae.training.trackers import Trackers
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from latent_ae.training.run import Run
+    from latent_ae.training.step import Update
 
 __all__ = ["RunLog"]
+
+# What a person follows; log.jsonl has the rest.
+_SHOWN = ("total", "l1", "l2", "charbonnier", "lpips", "kl", "logvar", "adversarial", "d_accuracy")
 
 
 class RunLog:
@@ -45,13 +51,15 @@ class RunLog:
         self.main = run.accelerator.is_main_process
         self.sums: dict[str, Tensor] = {}
         self.steps, self.first = 0, run.step
+        self.waited = 0.0
         self.since = time.perf_counter()
         self.started = self.since
+        self.alarms = Alarms(run.config.adversary)
         if not self.main:
             return
         _drop_rows_after(run.folder, run.step)
         self.file = run.folder.log_file.open("a", buffering=1)
-        self.board = _tensorboard(run.folder.path / "tensorboard", run.step)
+        self.trackers = Trackers(run)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -80,63 +88,75 @@ class RunLog:
         if self.main:
             self.bar.stop()
             self.file.close()
-            self.board.close()
+            self.trackers.close()
 
-    def add(self, terms: dict[str, Tensor]) -> None:
+    def add(self, update: Update) -> None:
         """Adds the terms of one step; nothing is read back from the device."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        for name, value in update.terms.items():
+            total, count = self.sums.get(name, (torch.zeros_like(value), 0))
+            self.sums[name] = (total + value, count + 1)
         self.steps += 1
+        self.waited += update.waited
+        for batch in update.batches:
+            self.skipped(batch.skipped)
         if self.main:
-            self.bar.update(self.task, completed=self.run.step)
+            self.bar.update(self.task, completed=self.run.step + 1)
 
-    def write(self, rate: float) -> None:
-        """Writes the row of the steps since the last one; `rate` is the learning rate."""
-        self.require_finite()
-        values = torch.stack([value.float() for value in self.sums.values()]) / self.steps
+    def write(self) -> None:
+        """Writes the row of the steps since the last one; none where there was none."""
+        if not self.steps:
+            return
+        run, training = self.run, self.run.config.training
+        means = torch.stack([total.float() / count for total, count in self.sums.values()])
         # The only point where the host waits for the device.
-        means = self.run.accelerator.reduce(values, reduction="mean").tolist()  # pyright: ignore
-        now = time.perf_counter()
-        speed = self.steps * self.run.effective_batch / (now - self.since)
+        means = run.accelerator.reduce(means, reduction="mean").tolist()  # pyright: ignore
         row = dict(zip(self.sums, means, strict=True))
-        row |= {"learning_rate": rate, "images_per_second": speed}
-        self.sums, self.steps, self.since = {}, 0, now
+        now = time.perf_counter()
+        elapsed = now - self.since
+        row |= {
+            "learning_rate": learning_rate(training, run.step - 1) * run.rate_factor,
+            "skipped_steps": run.guard.look()[1],
+            "images_per_second": self.steps * run.effective_batch / elapsed,
+            "data_wait_share": self.waited / elapsed,
+        }
+        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, now
         if not self.main:
             return
         self.record("train", row)
-        text = " ".join(f"{name} {value:.4g}" for name, value in row.items() if "_" not in name)
-        text += f" · {speed:.1f} images/s"
+        text = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name in _SHOWN)
+        speed, wait = row["images_per_second"], row["data_wait_share"]
+        text += f" · {speed:.1f} images/s · waits for data {wait:.0%}"
+        if row["skipped_steps"]:
+            text += f" · {row['skipped_steps']} updates skipped"
         self.bar.update(self.task, losses=text)
         if not self.console.is_terminal:
-            left = self._remaining(now)
-            steps = self.run.config.training.steps
-            line = f"step {self.run.step}/{steps} · {text} · ETA {left}"
+            line = f"step {run.step}/{training.steps} · {text} · ETA {self._remaining(now)}"
             self.console.print(line, style="dim", soft_wrap=True, highlight=False)
+        for sentence in self.alarms.check(row):
+            self.console.print(f"step {run.step} · alarm: {sentence}", style="yellow", markup=False)
+            self.file.write(json.dumps(self._head("alarm") | {"text": sentence}) + "\n")
 
-    def require_finite(self) -> None:
-        """Stops a run whose loss is no number, before its weights replace a good checkpoint.
+    def go_back(self) -> None:
+        """Forgets what came after the run's step, to which it has returned."""
+        self.sums, self.steps, self.waited = {}, 0, 0.0
+        self.first = min(self.first, self.run.step)
+        if self.main:
+            self.file.close()
+            _drop_rows_after(self.run.folder, self.run.step)
+            self.file = self.run.folder.log_file.open("a", buffering=1)
+            self.file.write(json.dumps(self._head("rollback")) + "\n")
+            self.trackers.go_back()
 
-        Raises:
-            UserError: it is; the sentence says where the run can go on.
-        """
-        total = self.sums.get("total")
-        if total is None or torch.isfinite(total):
-            return
-        kept = [path.name for path in self.run.folder.all_checkpoints()]
-        raise UserError(
-            f"the loss is not finite near step {self.run.step}; the last checkpoint is "
-            f"{kept[-1] if kept else 'none'}: lower training.learning_rate and start again"
-        )
-
-    def record(self, group: str, row: dict[str, float]) -> None:
-        """Appends a row to log.jsonl and TensorBoard; call on the main process."""
-        seconds = round(time.perf_counter() - self.started, 3)
+    def record(self, group: str, row: dict[str, float], sheet: Path | None = None) -> None:
+        """Appends a row to log.jsonl and the trackers; call on the main process."""
         # JSON has no infinity; fp16's gradient norm is infinite while its scaler settles.
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        line = {"step": self.run.step, "group": group, "seconds": seconds, **finite}
-        self.file.write(json.dumps(line) + "\n")
-        for name, value in row.items():
-            self.board.add_scalar(f"{group}/{name}", value, self.run.step)
+        self.file.write(json.dumps(self._head(group) | finite) + "\n")
+        self.trackers.log(group, row, sheet)
+
+    def _head(self, group: str) -> dict[str, Any]:
+        seconds = round(time.perf_counter() - self.started, 3)
+        return {"step": self.run.step, "group": group, "seconds": seconds}
 
     def skipped(self, pictures: list[Skipped]) -> None:
         """Names each unreadable picture once, and counts it each time."""
@@ -147,8 +167,14 @@ class RunLog:
                 self.console.print(text, style="yellow", markup=False)
             self.run.skipped[skip.key] += 1
 
-    def restart_clock(self) -> None:
-        """Leaves the time of a validation or a checkpoint out of images/s."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of a validation or a checkpoint out of images/s.
+
+        A row is written first, or its steps would count from the end of the pause.
+        """
+        self.write()
+        yield
         self.since = time.perf_counter()
 
     def _remaining(self, now: float) -> str:
@@ -164,9 +190,3 @@ def _drop_rows_after(folder: RunFolder, step: int) -> None:
     aside = folder.log_file.with_suffix(".tmp")
     aside.write_text("".join(row + "\n" for row in rows))
     aside.replace(folder.log_file)
-
-
-def _tensorboard(folder: Path, step: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from latent_ae.config import Config
-from latent_ae.data import normalize
+from latent_ae.errors import UserError
 from latent_ae.training.log import RunLog
 from latent_ae.training.run import Run, prepare
-from latent_ae.training.schedule import learning_rate
+from latent_ae.training.sharding import whole
+from latent_ae.training.startup import show_startup
+from latent_ae.training.step import update
+from latent_ae.training.stop import StopRequest
 from latent_ae.training.validation import validate
 
 __all__ = ["train"]
 
+_DOUBTFUL = 3  # updates skipped at the very end, after which the weights are not trusted
+
 
 def train(config: Config, console: Console | None = None) -> Path:
     """Trains an autoencoder, or goes on where the run in `config.output` stopped.
+
+    SIGTERM and SIGUSR1 end it after the step that is running, with a checkpoint.
 
     Args:
         config: the run; the same config resumes it.
@@ -29,84 +34,110 @@ def train(config: Config, console: Console | None = None) -> Path:
         The run's folder, ready for `export_run`.
 
     Raises:
-        UserError: the config cannot be met, the data cannot be read, or the folder holds another
-            run.
+        UserError: the config cannot be met, the data cannot be read, the folder holds another run,
+            a checkpoint cannot be written, or losses keep not being finite.
     """
     console = console or Console(stderr=True)
-    run = prepare(config)
-    steps, training = config.training.steps, config.training
-    with RunLog(run, console) as log:
-        if run.step:
-            _say(run, console, f"going on from step {run.step} of {steps} in {run.folder.path}")
-        while run.step < steps:
-            log.add(_update(run, log))
-            run.step, run.images = run.step + 1, run.images + run.effective_batch
-            last = run.step == steps
-            if last or run.step % training.log_every == 0:
-                log.write(learning_rate(training, run.step - 1))
-            if last or run.step % training.checkpoint_every == 0:
-                log.require_finite()
-                _save(run)
-                log.restart_clock()
-            if config.validation and (last or run.step % training.validate_every == 0):
-                _validate(run, log, console)
-                log.restart_clock()
+    with StopRequest() as stop:
+        run = prepare(config)
+        stop.connect()
+        first, steps, training = run.step, config.training.steps, config.training
+        show_startup(run, console)
+        with RunLog(run, console) as log:
+            while run.step < steps and not stop.agreed():
+                log.add(update(run))
+                run.step, run.images = run.step + 1, run.images + run.effective_batch
+                if _due(run, training.patience) and _broken(run):
+                    _roll_back(run, log, console)
+                    continue
+                if _due(run, training.log_every):
+                    log.write()
+                run.owes_checkpoint |= _due(run, training.checkpoint_every)
+                if run.owes_checkpoint:
+                    _save(run, log, console)
+                if config.validation and _due(run, training.validate_every):
+                    _validate(run, log, console)
+            if first < run.step < steps:
+                _save(run, log, console)
+                how = f"stopped by {stop.name} at step {run.step} of {steps}"
+                _say(run, console, f"{how}; the same command goes on from there")
     if run.skipped:
         _say(run, console, f"{len(run.skipped)} unreadable pictures were skipped")
-    run.accelerator.end_training()
     return run.folder.path
 
 
-def _update(run: Run, log: RunLog) -> dict[str, Tensor]:
-    """One optimizer update over `accumulation` micro-batches; returns the last one's terms."""
-    accelerator, training = run.accelerator, run.config.training
-    rate = learning_rate(training, run.step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.autoencoder.train()
-    terms: dict[str, Tensor] = {}
-    for _ in range(training.accumulation):
-        batch = next(run.stream)
-        log.skipped(batch.skipped)
-        images = normalize(batch.images.to(accelerator.device, non_blocking=True))
-        if training.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with accelerator.accumulate(run.autoencoder, run.objective):
-            losses = run.objective(images, run.autoencoder(images), run.step)
-            accelerator.backward(losses.total)
-            terms = losses.terms
-            if accelerator.sync_gradients and training.clip_norm:
-                # Unscales fp16's gradients first.
-                norm = accelerator.clip_grad_norm_(run.parameters, training.clip_norm)
-                terms["gradient_norm"] = torch.as_tensor(norm).detach()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.step(run.network.parameters())
-    return terms
+def _due(run: Run, every: int) -> bool:
+    return run.step == run.config.training.steps or run.step % every == 0
+
+
+def _broken(run: Run) -> bool:
+    """Whether the last `patience` updates were all skipped."""
+    return run.guard.look()[0] >= run.config.training.patience
+
+
+def _save(run: Run, log: RunLog, console: Console) -> None:
+    """Saves, unless the weights are in doubt: they must not take a good checkpoint's place.
+
+    Weights that are no numbers send the run back. Those with which the last update had to be
+    skipped may be the reason for it, so the checkpoint waits for an update that succeeds.
+    """
+    parts = [run.network, run.objective, run.adversary]
+    finite = [p.isfinite().all() for part in parts if part for p in part.parameters()]
+    skipped = run.guard.look()[0]
+    end = run.step == run.config.training.steps
+    if not all(whole(finite)) or (end and skipped >= _DOUBTFUL):
+        _roll_back(run, log, console)
+    elif skipped == 0 or end:
+        with log.paused():
+            run.save()
+        run.owes_checkpoint = False
+
+
+def _roll_back(run: Run, log: RunLog, console: Console) -> None:
+    """Goes on from the last checkpoint with lower rates.
+
+    Raises:
+        UserError: there is none, or it has been done as often as `training.rollbacks` allows.
+    """
+    training, broken = run.config.training, run.step
+    what = f"the losses or gradients are not finite near step {broken}"
+    kept = [path.name for path in run.folder.all_checkpoints()]
+    if not kept or run.rollbacks >= training.rollbacks:
+        again = f", after {run.rollbacks} returns with lower rates" if run.rollbacks else ""
+        where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise UserError(f"{what}{again}; {where}: lower training.learning_rate and start again")
+    rollbacks = run.rollbacks + 1
+    run.restore()
+    run.rollbacks, run.owes_checkpoint = rollbacks, False
+    run.guard.forgive()
+    log.go_back()
+    _say(
+        run,
+        console,
+        f"{what}: back to step {run.step}, learning rates × {run.rate_factor:g} from here",
+    )
 
 
 def _validate(run: Run, log: RunLog, console: Console) -> None:
-    config = run.config.validation
-    if config is not None and run.accelerator.is_main_process:
-        row = validate(run, config)
-        log.record("validation", row)
-        text = " · ".join(f"{name} {value:.4g}" for name, value in row.items())
-        console.print(f"step {run.step} · validation · {text}")
+    """Measures, and keeps the weights if none before were better."""
+    with log.paused():
+        metrics = validate(run)
+    by, saved = run.config.training.best_by, run.folder.checkpoint(run.step)
+    best = run.folder.best(by)
+    before = run.folder.progress(best)["validation"][by] if best else None
+    sign = -1 if by == "lpips" else 1
+    improved = before is None or sign * metrics[by] > sign * before
+    if improved and not saved.exists():
+        _save(run, log, console)
+    if run.accelerator.is_main_process:
+        if saved.exists():
+            run.folder.note_validation(run.step, metrics)
+        log.record("validation", metrics, run.folder.sheet(run.step))
+        text = " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        console.print(f"step {run.step} · validation · {text}{' · the best' if improved else ''}")
     run.accelerator.wait_for_everyone()
-
-
-def _save(run: Run) -> None:
-    path = run.folder.checkpoint(run.step)
-    run.checkpoint().save(
-        path,
-        step=run.step,
-        images=run.images,
-        loader=run.stream.state_dict(),
-        keep=run.config.training.keep_checkpoints,
-    )
 
 
 def _say(run: Run, console: Console, text: str) -> None:
     if run.accelerator.is_main_process:
-        console.print(text)
+        console.print(text, markup=False)

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 
+from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import Autoencoder, require_divisible
-from latent_ae.config import Config
-from latent_ae.config_file import dump_yaml, load_config
+from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
+from latent_ae.training.guard import Guard
+from latent_ae.training.processes import claim_folder, start_accelerator
+from latent_ae.training.sharding import shard_
 
 __all__ = ["Run", "prepare"]
-
-_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# These decide what a checkpoint's tensors mean; everything else may change between two starts.
-_FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
 
 
 @dataclass
 class Run:
-    """A training run in memory; `autoencoder` and `objective` are wrapped for several processes."""
+    """A training run in memory.
+
+    `autoencoder`, `objective` and `adversary` are the modules that training calls, wrapped for
+    several processes; `network` and `discriminator` are what is inside.
+    """
 
     config: Config
     folder: RunFolder
@@ -42,22 +44,41 @@ class Run:
     network: AutoencoderKL
     objective: nn.Module
     optimizer: AcceleratedOptimizer
+    adversary: nn.Module | None
+    discriminator_optimizer: torch.optim.Optimizer | None
     ema: EMAModel | None
-    stream: TrainingStream
+    last_input: LastInput
+    guard: Guard
+    sharded: bool
+    stream: TrainingStream = field(init=False)
     step: int = 0
     images: int = 0
+    rollbacks: int = 0
+    owes_checkpoint: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """All that the autoencoder's optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def rule(self) -> Adversary | None:
+        """The adversary without its wrapping: when it learns, how much it weighs."""
+        if self.adversary is None:
+            return None
+        return self.accelerator.unwrap_model(self.adversary)  # pyright: ignore
 
     @property
     def effective_batch(self) -> int:
         """Pictures an update, over all processes and micro-steps."""
         training, data = self.config.training, self.config.data
         return data.batch_size * training.accumulation * self.accelerator.num_processes
+
+    @property
+    def rate_factor(self) -> float:
+        """What rollbacks have left of the learning rates."""
+        return self.config.training.rollback_rate**self.rollbacks
 
     def checkpoint(self) -> Checkpoint:
         """What of this run is saved and restored."""
@@ -66,8 +87,59 @@ class Run:
             self.network,
             self.accelerator.unwrap_model(self.objective),
             self.optimizer,
+            self.rule,
+            self.discriminator_optimizer,
             self.ema,
         )
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step, unless it lies there already."""
+        self.checkpoint().save(
+            self.folder,
+            {"step": self.step, "images": self.images, "rollbacks": self.rollbacks},
+            loader=self.stream.state_dict(),
+            keep=self.config.training.keep_checkpoints,
+            best_by=self.config.training.best_by,
+        )
+
+    def restore(self) -> None:
+        """Goes to the newest checkpoint, or to the beginning where there is none."""
+        progress: dict[str, Any] = {"step": 0, "images": 0, "rollbacks": 0, "loader": None}
+        if self.folder.all_checkpoints():
+            progress |= self.checkpoint().restore(self.folder.latest())
+        self.step, self.images = progress["step"], progress["images"]
+        self.rollbacks = progress["rollbacks"]
+        self.stream = TrainingStream(
+            self.config.data,
+            seed=self.config.training.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            start=progress["images"],
+            state=progress["loader"],
+        )
+
+
+class LastInput:
+    """What the decoder's last convolution received, kept while `wanted`."""
+
+    def __init__(self, network: AutoencoderKL) -> None:
+        self.wanted = False
+        self.features: Tensor | None = None
+        self.kernel: tuple[int, int] = network.decoder.conv_out.kernel_size
+        network.decoder.conv_out.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.wanted:
+            features = inputs[0].detach()
+            if torch.is_autocast_enabled(features.device.type):  # half the memory
+                features = features.to(torch.get_autocast_dtype(features.device.type))
+            self.features = features
+
+    def take(self) -> Tensor:
+        """The features, of shape (B, K, H, W); they are let go."""
+        features, self.features = self.features, None
+        assert features is not None, "the decoder has not run"
+        return features
 
 
 def prepare(config: Config) -> Run:
@@ -77,32 +149,29 @@ def prepare(config: Config) -> Run:
         UserError: the config cannot be met here, or the folder holds a different run.
     """
     folder = RunFolder(config.output)
-    accelerator = _accelerator(config)
-    _claim(folder, config, accelerator)
+    accelerator = start_accelerator(config.training)
+    claim_folder(folder, config, accelerator)
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
-    _check_resolution(config, model.network)
-    if config.validation is not None:  # now, not when the first validation comes
-        require_one_readable(config.validation)
+    _check(config, model.network)
     if not folder.all_checkpoints():
         _initialize(config, model.network)
-    if config.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     objective = Objective(config.losses, config.bottleneck)
-    trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=config.training.learning_rate,
-        betas=config.training.betas,
-        weight_decay=config.training.weight_decay,
-        fused=True,
-    )
-    network = model.network
-    # From here on only the wrapped forward passes may be called in training.
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    adversary = Adversary(config.adversary) if config.adversary else None
+    network, last_input = model.network, LastInput(model.network)
+    autoencoder = _ready(model, config.training, accelerator)
     # DDP refuses a module that has nothing to train: without a learned variance, only autocast.
     fixed = not any(p.requires_grad for p in objective.parameters())
     objective = accelerator.prepare_model(objective, evaluation_mode=fixed)
+    trained = [*network.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
+    optimizer = _adam(trained, config.training, config.training.betas)
+    discriminator_optimizer = None
+    if adversary is not None and config.adversary is not None:
+        if config.training.channels_last:
+            adversary = adversary.to(memory_format=torch.channels_last)  # pyright: ignore
+        adversary = accelerator.prepare_model(adversary)
+        verdict_makers = list(adversary.parameters())
+        discriminator_optimizer = _adam(verdict_makers, config.training, config.adversary.betas)
     ema = None
     if config.training.ema:
         ema = EMAModel(network.parameters(), decay=config.training.ema, foreach=True)
@@ -110,65 +179,53 @@ def prepare(config: Config) -> Run:
         config,
         folder,
         accelerator,
-        wrapped,
+        autoencoder,
         network,
         objective,
-        optimizer,
+        accelerator.prepare_optimizer(optimizer),
+        adversary,
+        discriminator_optimizer,
         ema,
-        stream=None,  # pyright: ignore[reportArgumentType]  # its start is known after the restore
+        last_input,
+        Guard(accelerator.device),
+        config.training.shard and accelerator.num_processes > 1,
     )
     # Each process draws its own posterior noise; the seed of a fresh run, the state of a resumed.
     torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
-    progress = {"step": 0, "images": 0, "loader": None}
-    if folder.all_checkpoints():
-        progress = run.checkpoint().restore(folder.latest())
-    run.step, run.images = progress["step"], progress["images"]
-    run.stream = TrainingStream(
-        config.data,
-        seed=config.training.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start=progress["images"],
-        state=progress["loader"],
-    )
+    run.restore()
     return run
 
 
-def _accelerator(config: Config) -> Accelerator:
-    # Training decides the number of micro-steps, not the launcher's environment.
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    # A process that trains twice may do so in another precision; Accelerate keeps the first one's.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=_PRECISIONS[config.training.precision],
-        gradient_accumulation_steps=config.training.accumulation,
+def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:
+    """The model as the options ask, on its device, wrapped for several processes.
+
+    From here on only the wrapped forward pass may be called in training.
+    """
+    if training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if training.gradient_checkpointing:
+        model.network.enable_gradient_checkpointing()
+    if training.compile:
+        for block in model.blocks():  # in place, so that names and hooks stay
+            block.compile()
+    sharded = training.shard and accelerator.num_processes > 1
+    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
+    if sharded:
+        shard_(model, accelerator.device, accelerator.num_processes)
+    return wrapped
+
+
+def _adam(
+    parameters: list[nn.Parameter], training: TrainingConfig, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    # Fused: its kernel reads the flag that skips an update, without the host.
+    return torch.optim.AdamW(
+        [p for p in parameters if p.requires_grad],
+        lr=training.learning_rate,
+        betas=betas,
+        weight_decay=training.weight_decay,
+        fused=True,
     )
-    if config.training.precision == "fp16" and accelerator.scaler is None:
-        # Accelerate would train on, without the scaling that keeps small gradients from vanishing.
-        raise UserError("training.precision fp16 needs a GPU; take bf16 or fp32 on this machine")
-    return accelerator
-
-
-def _claim(folder: RunFolder, config: Config, accelerator: Accelerator) -> None:
-    """Writes the resolved config; refuses a folder whose checkpoints are of another network."""
-    if folder.all_checkpoints():
-        before, now = folder.config().model_dump(), config.model_dump()
-        for key in _FIXED:
-            old, new = (_at(content, key) for content in (before, now))
-            if old != new:
-                raise UserError(
-                    f"{folder.path} holds a run with another {key}; choose another `output`, or "
-                    f"resume with the config in {folder.config_file}"
-                )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        head = "# Resolved by latent_ae; resume with the command that began this run.\n"
-        aside = folder.config_file.with_suffix(".tmp")
-        aside.write_text(head + dump_yaml(config))
-        load_config(aside)  # what cannot be read back must not replace what can
-        aside.replace(folder.config_file)
-    accelerator.wait_for_everyone()
 
 
 def _initialize(config: Config, network: AutoencoderKL) -> None:
@@ -183,13 +240,19 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
         linear_code_(network, normalize(images))
 
 
-def _at(content: dict, key: str) -> object:
-    for part in key.split("."):
-        content = content[part]
-    return content
-
-
-def _check_resolution(config: Config, network: AutoencoderKL) -> None:
+def _check(config: Config, network: AutoencoderKL) -> None:
+    """Refuses before the first step what would fail later."""
     require_divisible(config.data.resolution, network, "data.resolution")
-    if config.validation and config.validation.resolution:
-        require_divisible(config.validation.resolution, network, "validation.resolution")
+    if config.validation is not None:
+        if config.validation.resolution:
+            require_divisible(config.validation.resolution, network, "validation.resolution")
+        require_one_readable(config.validation)
+    if config.adversary is not None:
+        with torch.device("meta"):
+            smallest = Adversary(config.adversary.model_copy(update={"path": None}))
+        side = smallest.discriminator.smallest_side
+        if config.data.resolution < side:
+            raise UserError(
+                f"data.resolution {config.data.resolution} is too small for a discriminator of "
+                f"{config.adversary.layers} layers, which needs {side}; lower adversary.layers"
+            )

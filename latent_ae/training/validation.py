@@ -7,47 +7,71 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL
 
 from latent_ae.autoencoder import full_precision, reconstruct
 from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.pictures import error_map, save_sheet
+from latent_ae.training.checkpoint import averaged_state
+from latent_ae.training.sharding import whole
 
 if TYPE_CHECKING:
     from latent_ae.training.run import Run
 
-__all__ = ["averaged_weights", "validate"]
+__all__ = ["averaged_network", "validate"]
 
 _SHEET_ROWS = 8
 
 
 @contextmanager
-def averaged_weights(run: Run) -> Iterator[None]:
-    """Puts the EMA weights into the network for the time of a block."""
-    if run.ema is None:
-        yield
+def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
+    """The network with the EMA weights in it, for the time of a block.
+
+    A sharded run lends a whole copy, which is real on the main process only.
+    """
+    network = run.network
+    if run.sharded:
+        state = averaged_state(network, run.ema) if run.ema else network.state_dict()
+        copy = AutoencoderKL.from_config(network.config)
+        copy.load_state_dict(whole(state))  # every process gathers
+        yield copy.to(run.accelerator.device)  # pyright: ignore
         return
-    run.ema.store(run.network.parameters())
-    run.ema.copy_to(run.network.parameters())
+    if run.ema is None:
+        yield network
+        return
+    run.ema.store(network.parameters())
+    run.ema.copy_to(network.parameters())
     try:
-        yield
+        yield network
     finally:
-        run.ema.restore(run.network.parameters())
+        run.ema.restore(network.parameters())
 
 
-@torch.no_grad()
-def validate(run: Run, config: ValidationConfig) -> dict[str, float]:
+def validate(run: Run) -> dict[str, float]:
     """Reconstructs the held-out pictures from the posterior mode, in fp32; writes a sheet.
 
-    Runs on one process: nothing here goes through the wrapped module.
+    The main process measures while the others wait: nothing goes through the wrapped module.
 
     Returns:
-        `psnr` (dB), `ssim`, `lpips` (AlexNet), means over the pictures.
+        `psnr` (dB), `ssim`, `lpips` (AlexNet), means over the pictures; the same on every process.
 
     Raises:
         UserError: the source cannot be opened or none of its pictures can be read.
     """
+    config, shared = run.config.validation, [{}]
+    assert config is not None, "the run has no validation"
+    with averaged_network(run) as network:
+        if run.accelerator.is_main_process:
+            shared = [_measure(run, network, config)]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+@torch.no_grad()
+def _measure(run: Run, network: AutoencoderKL, config: ValidationConfig) -> dict[str, float]:
     device = run.accelerator.device
     metrics = ReconstructionMetrics(device)
     batches = evaluation_batches(
@@ -57,14 +81,17 @@ def validate(run: Run, config: ValidationConfig) -> dict[str, float]:
         limit=config.images,
     )
     kept = []
-    with averaged_weights(run), full_precision():
+    training = network.training
+    network.eval()  # gradient checkpointing has nothing to save here
+    with full_precision():
         for batch in batches:
             if not batch.samples:
                 continue
             images = batch.images.to(device)
-            rounded = metrics.update(images, reconstruct(run.network, normalize(images)))
+            rounded = metrics.update(images, reconstruct(network, normalize(images)))
             if sum(len(pair[0]) for pair in kept) < _SHEET_ROWS:
                 kept.append((images.cpu(), rounded.cpu()))
+    network.train(training)
     images, decoded = (torch.cat(column)[:_SHEET_ROWS] for column in zip(*kept, strict=True))
     columns = {
         "input": images,

@@ -1,0 +1,109 @@
+"""How much memory training needs, counted before it is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from latent_ae.adversary import Adversary
+from latent_ae.autoencoder import Autoencoder
+from latent_ae.bottlenecks import build_bottleneck
+from latent_ae.config import Config
+from latent_ae.objective import Objective
+
+__all__ = ["TrainingMemory", "count_saved_bytes", "training_memory"]
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingMemory(dict[str, int]):
+    """Bytes on one device by purpose; `total` is their sum."""
+
+    @property
+    def total(self) -> int:
+        """Of all entries, in bytes."""
+        return sum(self.values())
+
+
+def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) -> TrainingMemory:
+    """The memory of an update: what stays (`states`) and what the backward pass needs.
+
+    The forward pass is run on tensors without storage, and what autograd would save is added up: no
+    memory is taken and nothing is computed. What it leaves out are the workspaces of convolutions
+    and the allocator's slack, in practice a tenth to a third more.
+
+    Args:
+        config: the run.
+        network: its network; only the configuration is looked at.
+        processes: how many share a sharded run.
+    """
+    adversary = config.adversary
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        copy = AutoencoderKL.from_config(network.config)
+        model = Autoencoder(copy, build_bottleneck(config.bottleneck))  # pyright: ignore
+        if config.training.gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
+        model.train()
+        objective = Objective(config.losses, config.bottleneck, untrained=True)
+        judge = adversary and Adversary(adversary.model_copy(update={"path": None}))
+        side = config.data.resolution
+        images = torch.empty(config.data.batch_size, 3, side, side)
+        saved = count_saved_bytes(model, objective, judge or None, images, config)
+    share = processes if config.training.shard else 1
+    weights = _bytes(model) // share
+    memory = TrainingMemory(
+        {
+            "weights and EMA": weights * (2 if config.training.ema else 1),
+            "gradients and optimizer": 3 * weights,
+            "activations": saved,
+        }
+    )
+    if judge:
+        memory["discriminator"] = 4 * _bytes(judge)
+    if objective.perceptual is not None:
+        memory["LPIPS"] = _bytes(objective.perceptual)
+    return memory
+
+
+def count_saved_bytes(
+    model: nn.Module,
+    objective: nn.Module,
+    judge: nn.Module | None,
+    images: Tensor,
+    config: Config,
+) -> int:
+    """The most that autograd holds at one time in a step, in bytes, weights not counted.
+
+    The autoencoder's part stays while the discriminator's graph comes and goes, then LPIPS'.
+    """
+    dtype, held = _AUTOCAST[config.training.precision], {}
+    weights = {p.untyped_storage()._cdata for part in (model, objective) for p in part.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            held[storage._cdata] = storage.nbytes()
+            alive.append(storage)  # or its address would be given away again
+        return tensor
+
+    alive: list[Any] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+    with hooks(pack, lambda tensor: tensor), autocast:
+        reconstruction = model(images)
+        forward, peak = dict(held), 0
+        if judge is not None:
+            judge(images, reconstruction.images.detach().requires_grad_(), 1)
+            peak = sum(held.values())
+            held.clear()
+            held.update(forward)
+        objective(images, reconstruction, 0)
+    return max(peak, sum(held.values()))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

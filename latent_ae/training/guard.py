@@ -1,0 +1,104 @@
+"""What a run of weeks watches: numbers that are none, and an adversary that wins or gives up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_ae.config import AdversaryConfig
+
+__all__ = ["Alarms", "Guard", "poison"]
+
+# A discriminator that is nearly always right teaches nothing (its hinge loss is flat there); one
+# that is right less often than a coin judges noise.
+_ACCURACY = (0.4, 0.97)
+# The adaptive weight says how much steeper the reconstruction's loss is than the verdict, in LDM's
+# units: below 1e-2 the adversary is about to drive the autoencoder; at its maximum it is mute.
+_SMALLEST_ADAPTIVE = 1e-2
+_ROWS = 3  # rows of the log in a row before an alarm is given
+
+
+def poison(loss: Tensor) -> Tensor:
+    """The loss, with gradients that are NaN if it is not finite.
+
+    A loss may be infinite on one process and its gradients finite: averaged with the others'
+    gradients, NaN tells every process, at the cost of no communication.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+class Guard:
+    """Counts the updates that were skipped because their gradients were not finite.
+
+    The skip happens on the device (the fused optimizer reads a flag), so a step never waits for the
+    host; `look` is where it does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._all = torch.zeros_like(self._in_a_row)
+
+    def count(self, bad: Tensor) -> None:
+        """Takes note of one update; `bad` is a scalar of bool on the device."""
+        self._in_a_row = (self._in_a_row + 1) * bad
+        self._all += bad
+
+    def look(self) -> tuple[int, int]:
+        """Updates skipped in a row up to now, and in all; waits for the device."""
+        in_a_row, skipped = torch.stack([self._in_a_row, self._all]).tolist()
+        return in_a_row, skipped
+
+    def forgive(self) -> None:
+        """Begins a new row of skips, after a rollback."""
+        self._in_a_row = torch.zeros_like(self._in_a_row)
+
+
+class Alarms:
+    """Sentences about an adversary that has stopped being of use, each told once until it mends."""
+
+    def __init__(self, config: AdversaryConfig | None) -> None:
+        self.config = config
+        self._rows: dict[str, int] = {}
+
+    def check(self, row: dict[str, float]) -> list[str]:
+        """The alarms that a row of the log gives.
+
+        Args:
+            row: means of the terms since the last row; `d_accuracy` in [0, 1], `adaptive_weight` in
+                LDM's units.
+        """
+        if self.config is None:
+            return []
+        accuracy, weight = row.get("d_accuracy"), row.get("adaptive_weight")
+        sentences = []
+        if accuracy is not None:
+            sentences += self._told(
+                "accuracy high",
+                accuracy > _ACCURACY[1],
+                f"the discriminator is right in {accuracy:.0%} of its verdicts and teaches little: "
+                "try adversary.lecam=0.001, adversary.r1=1 or a lower adversary.learning_rate",
+            )
+            sentences += self._told(
+                "accuracy low",
+                accuracy < _ACCURACY[0],
+                f"the discriminator is right in {accuracy:.0%} of its verdicts, worse than guessing"
+                ": try a higher adversary.learning_rate or more adversary.warmup_steps",
+            )
+        if weight is not None:
+            sentences += self._told(
+                "weight high",
+                weight >= 0.99 * self.config.adaptive_max,
+                f"the adaptive weight stands at its maximum of {self.config.adaptive_max:g}: the "
+                "discriminator's gradient has vanished",
+            )
+            sentences += self._told(
+                "weight low",
+                weight < _SMALLEST_ADAPTIVE,
+                f"the adaptive weight is {weight:.2g}: the discriminator's gradient is far steeper "
+                "than the reconstruction's; try adversary.spectral_norm=true or adversary.r1=1",
+            )
+        return sentences
+
+    def _told(self, name: str, on: bool, sentence: str) -> list[str]:
+        self._rows[name] = self._rows.get(name, 0) + 1 if on else 0
+        return [sentence] if self._rows[name] == _ROWS else []

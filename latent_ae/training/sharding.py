@@ -1,0 +1,70 @@
+"""FSDP2 by one key: weights, gradients and optimizer shared out over the processes.
+
+Checkpoints hold whole tensors whatever the run, so a sharded run goes on unsharded, and on another
+number of processes. Every function here that returns whole tensors is a collective: all processes
+call it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from latent_ae.autoencoder import Autoencoder
+
+__all__ = ["clip_gradients", "fill_", "like_parameters", "shard_", "whole"]
+
+
+def shard_(model: Autoencoder, device: torch.device, world: int) -> None:
+    """Shards a model in place: each block of the network by itself, the rest with the whole."""
+    mesh = init_device_mesh(device.type, (world,))
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(value: Any) -> Any:
+    """The same structure of dicts, lists and tensors with every sharded tensor gathered."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value
+
+
+@torch.no_grad()
+def fill_(target: Tensor, source: Tensor) -> None:
+    """Copies a whole tensor into one that may be sharded."""
+    target.copy_(_as(source, target))
+
+
+def like_parameters(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """An optimizer's whole state, its moments sharded as the parameters are."""
+    moments = {
+        index: {
+            name: _as(value, parameters[index]) if value.dim() else value
+            for name, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
+    """Scales gradients to at most this length, in place; returns the length they had."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _as(source: Tensor, target: Tensor) -> Tensor:
+    if isinstance(target, DTensor):
+        source = source.to(target.device, target.dtype)
+        return distribute_tensor(source, target.device_mesh, target.placements)
+    return source

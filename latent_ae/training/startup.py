@@ -1,0 +1,34 @@
+"""What a run is, told before it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from latent_ae.describe import describe
+
+if TYPE_CHECKING:
+    from latent_ae.training.run import Run
+
+__all__ = ["show_startup"]
+
+
+def show_startup(run: Run, console: Console) -> None:
+    """Prints the run's facts as a table, and where a resumed run goes on; on the main process."""
+    if not run.accelerator.is_main_process:
+        return
+    facts = describe(run.config, run.accelerator.num_processes)
+    facts["device"] = f"{run.accelerator.device}, {run.config.training.precision}"
+    count = run.stream.epoch
+    if count is not None:
+        steps = count / run.effective_batch
+        facts["epoch"] = f"{count:,} images, {steps:,.1f} steps"
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for title, fact in facts.items():
+        table.add_row(title, fact, style=None)
+    console.print(table)
+    if run.step:
+        total = run.config.training.steps
+        console.print(f"going on from step {run.step} of {total} in {run.folder.path}")

@@ -1,0 +1,159 @@
+"""One update: both optimizers, one forward pass of the autoencoder."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from latent_ae.adversary import adaptive_weight
+from latent_ae.data import Batch, normalize
+from latent_ae.training.guard import poison
+from latent_ae.training.run import Run
+from latent_ae.training.schedule import learning_rate
+from latent_ae.training.sharding import clip_gradients
+
+__all__ = ["Update", "update"]
+
+
+class Update:
+    """What an update leaves for the log.
+
+    Attributes:
+        terms: means over its micro-steps, on the device.
+        batches: of this process, for their unreadable pictures.
+        waited: seconds that it waited for data.
+    """
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+        self.batches: list[Batch] = []
+        self.waited = 0.0
+        self._counts: Counter[str] = Counter()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Takes the terms of one more micro-step."""
+        for name, value in terms.items():
+            self._counts[name] += 1
+            before = self.terms.get(name, torch.zeros_like(value))
+            self.terms[name] = before + (value - before) / self._counts[name]
+
+
+def update(run: Run) -> Update:
+    """Trains on `accumulation` micro-batches, then moves the weights once.
+
+    Nothing here reads a number back from the device.
+    """
+    training, result = run.config.training, Update()
+    _set_rates(run)
+    run.autoencoder.train()
+    for _ in range(training.accumulation):
+        began = time.perf_counter()
+        batch = next(run.stream)
+        result.waited += time.perf_counter() - began
+        result.batches.append(batch)
+        images = normalize(batch.images.to(run.accelerator.device, non_blocking=True))
+        if training.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        parts = [part for part in (run.objective, run.adversary) if part is not None]
+        with run.accelerator.accumulate(run.autoencoder, *parts):
+            if hasattr(run.autoencoder, "set_requires_gradient_sync"):  # FSDP2's no_sync
+                run.autoencoder.set_requires_gradient_sync(run.accelerator.sync_gradients)  # pyright: ignore
+            result.add(_accumulate(run, images))
+            if run.accelerator.sync_gradients:
+                result.add(_apply(run))
+    return result
+
+
+def _accumulate(run: Run, images: Tensor) -> dict[str, Tensor]:
+    """Adds the gradients of one micro-batch, to the discriminator's weights and to the others."""
+    rule = run.rule
+    weight = rule.weight(run.step) if rule else 0.0
+    run.last_input.wanted = weight > 0 and rule is not None and rule.config.adaptive
+    reconstruction = run.autoencoder(images)
+    terms: dict[str, Tensor] = {}
+    if rule is not None and rule.learns(run.step):
+        terms |= _hear(run, images, reconstruction.images, weight)
+    losses = run.objective(images, reconstruction, run.step)
+    run.accelerator.backward(poison(losses.total))
+    return losses.terms | terms
+
+
+def _hear(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
+    """The discriminator's turn: its own gradients, and what it asks of the reconstruction.
+
+    Its wish ∂L_adv/∂x̂ waits at x̂ for the backward pass of the other losses: there it is added to
+    their gradient, weighted by how long the two are at the last layer, and both go back through the
+    autoencoder as one.
+    """
+    assert run.adversary is not None
+    assert run.rule is not None
+    fake = reconstructed.detach().requires_grad_(weight > 0)
+    verdict = run.adversary(images, fake, run.step)
+    terms = verdict.terms
+    if weight > 0:
+        # With respect to the picture alone: the discriminator learns nothing from this loss.
+        (wish,) = torch.autograd.grad(verdict.autoencoder, fake, retain_graph=True)
+        config, elements = run.rule.config, images[0].numel()
+        features = run.last_input.take() if config.adaptive else None
+        scale = _gradient_scale(run)
+
+        def add(gradient: Tensor) -> Tensor:
+            share: Tensor | float = weight
+            if features is not None:
+                largest = config.adaptive_max / elements  # LDM's losses are sums over an image
+                own = gradient / scale
+                adaptive = adaptive_weight(features, own, wish, run.last_input.kernel, largest)
+                terms["adaptive_weight"] = adaptive * elements
+                share = weight * adaptive
+            return gradient + scale * share * wish
+
+        reconstructed.register_hook(add)
+    # Never scaled for fp16: this network runs in fp32 there.
+    (poison(verdict.discriminator) / run.config.training.accumulation).backward()
+    return terms
+
+
+def _gradient_scale(run: Run) -> Tensor | float:
+    """What Accelerate multiplies a loss by before its backward pass."""
+    share = 1 / run.config.training.accumulation
+    if run.accelerator.scaler is None:
+        return share
+    return run.accelerator.scaler.scale(torch.tensor(share, device=run.accelerator.device))
+
+
+def _apply(run: Run) -> dict[str, Tensor]:
+    """Moves all weights by what has been gathered, except where it is not finite."""
+    clip = run.config.training.clip_norm or torch.inf
+    run.accelerator.unscale_gradients(run.optimizer)  # fp16's, before they are measured
+    norm = clip_gradients(run.parameters, clip)
+    terms, bad = {"gradient_norm": norm.detach()}, ~norm.isfinite()
+    if run.accelerator.scaler is None:  # the scaler sets the same flag itself
+        run.optimizer.optimizer.found_inf = bad.float()  # pyright: ignore
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    judge, rule = run.discriminator_optimizer, run.rule
+    if judge is not None and rule is not None and rule.learns(run.step):
+        norm = clip_gradients([p for group in judge.param_groups for p in group["params"]], clip)
+        terms["d_gradient_norm"] = norm.detach()
+        judge.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+        bad = bad | ~norm.isfinite()
+        judge.step()
+        judge.zero_grad()
+    run.guard.count(bad)
+    if run.ema is not None:
+        run.ema.step(run.network.parameters())
+    return terms
+
+
+def _set_rates(run: Run) -> None:
+    training, adversary = run.config.training, run.config.adversary
+    rate = learning_rate(training, run.step) * run.rate_factor
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    if run.discriminator_optimizer is not None and adversary is not None:
+        share = (adversary.learning_rate or training.learning_rate) / training.learning_rate
+        for group in run.discriminator_optimizer.param_groups:
+            group["lr"] = rate * share
