@@ -69,12 +69,14 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     rows and validation pictures go to the folder that the config calls `output`.
     """
     from latent_ae.config_file import load_config
+    from latent_ae.run_folder import RunFolder
     from latent_ae.training import train
 
     settings = load_config(config, overrides)
     console = _console()
-    folder = train(settings, console)
-    console.print(f"done; next: latent-ae export {folder} OUT", markup=False)
+    folder = RunFolder(train(settings, console))
+    if folder.progress(folder.latest())["step"] == settings.training.steps:
+        console.print(f"done; next: latent-ae export {folder.path} OUT", markup=False)
 
 
 @app.command()

@@ -1,9 +1,6 @@
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from safetensors.torch import load_file
 
 from latent_ae import UserError, train
 from latent_ae.config import NetworkConfig, TrainingConfig
-from latent_ae.config_file import dump_yaml, load_config
+from latent_ae.config_file import load_config
 from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.run_folder import RunFolder
@@ -158,49 +155,6 @@ def test_accumulation_equals_the_larger_batch(tiny, quiet):
         tiny(training={"accumulation": 2}, output=str(tiny().output) + "-2", **plain), quiet
     )
     assert_equal(weights(one, 4), weights(two, 4), rtol=1e-3, atol=2e-5)
-
-
-def launch(config, path, processes):
-    """Several processes over gloo; `accelerate launch --cpu` starts one only, without MPI."""
-    path.write_text(dump_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "latent_ae", "train", str(path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(tiny, quiet, tmp_path):
-    """DDP over gloo, two of batch 2 against one of 4; the code deterministic, as noise is local."""
-    plain = {
-        "bottleneck": {"weight": 0},
-        "losses": {"perceptual": None, "variance": "learned"},
-        "validation": None,
-    }
-    one = tiny(data={"batch_size": 4}, output=str(tmp_path / "one"), **plain)
-    two = tiny(output=str(tmp_path / "two"), **plain)
-    train(one, quiet)
-    launch(two, tmp_path / "two.yaml", processes=2)
-    for name in ("network/diffusion_pytorch_model.safetensors", "objective.safetensors"):
-        a, b = (weights(tmp_path / run, 4, name) for run in ("one", "two"))
-        assert_equal(a, b, rtol=1e-3, atol=2e-5)
-    assert len(list(RunFolder(tmp_path / "two").checkpoint(4).glob("process-*.pt"))) == 2
-    progress = (RunFolder(tmp_path / "two").checkpoint(4) / "progress.json").read_text()
-    wanted = {"step": 4, "images": 16, "rollbacks": 0, "processes": 2}
-    assert json.loads(progress) == wanted
-
-
-def test_noise_differs_between_processes_and_the_log_is_written_once(tiny, tmp_path):
-    config = tiny(validation=None, losses={"perceptual": None})
-    launch(config, tmp_path / "run.yaml", processes=2)
-    states = [
-        torch.load(RunFolder(config.output).checkpoint(4) / f"process-{rank}.pt", weights_only=True)
-        for rank in (0, 1)
-    ]
-    assert not torch.equal(states[0]["rng"]["torch"], states[1]["rng"]["torch"])
-    assert [row["step"] for row in rows(config.output, "train")] == [2, 4]
 
 
 def test_validation_uses_the_average_and_leaves_the_training_alone(tiny, quiet):

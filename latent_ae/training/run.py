@@ -201,14 +201,14 @@ def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerato
 
     From here on only the wrapped forward pass may be called in training.
     """
-    if training.channels_last:
+    sharded = training.shard and accelerator.num_processes > 1
+    if training.channels_last and not sharded:  # FSDP2 wants contiguous weights; pictures suffice
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if training.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
     if training.compile:
         for block in model.blocks():  # in place, so that names and hooks stay
             block.compile()
-    sharded = training.shard and accelerator.num_processes > 1
     wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
     if sharded:
         shard_(model, accelerator.device, accelerator.num_processes)

@@ -75,7 +75,7 @@ def _accumulate(run: Run, images: Tensor) -> dict[str, Tensor]:
     reconstruction = run.autoencoder(images)
     terms: dict[str, Tensor] = {}
     if rule is not None and rule.learns(run.step):
-        terms |= _hear(run, images, reconstruction.images, weight)
+        terms = _hear(run, images, reconstruction.images, weight)
     losses = run.objective(images, reconstruction, run.step)
     run.accelerator.backward(poison(losses.total))
     return losses.terms | terms
