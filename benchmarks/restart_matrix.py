@@ -1,13 +1,13 @@
 """A run is stopped and started again by the same command: does it end bit-equal to one never so?
 
 For each kill point × processes × accumulation × loader workers a tiny run with an adversary, on the
-CPU, is stopped at the kill point, started again, and its last checkpoint and its log are compared
+CPU, is stopped at the kill point and started again; its last checkpoint and its log are compared
 with those of a run that was never stopped.
 
     python benchmarks/restart_matrix.py --processes 1 --accumulation 2 --workers 0 --out table.md
 
-Without options it takes the whole matrix. It prints a table, with date and versions, and exits with
-1 if a cell is not bit-equal.
+Without options it takes the whole matrix. It prints a table, with date, versions and command, and
+exits with 1 if a cell is not bit-equal.
 """
 
 import argparse
@@ -27,21 +27,55 @@ from collections.abc import Callable
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from skimage import data
+
 ROOT = Path(__file__).parents[1]
-# Five, of which the updates take 2, 4 or 8: every checkpoint lies in the middle of an epoch.
+# Five, of which an update takes 2, 4 or 8: every checkpoint but none of the epochs ends at step 4.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
-STEPS, VALIDATED, STOPPED, STRUCK = 8, 4, 5, 6  # STRUCK: the save that some kill points hit
-TIMEOUT = 180  # seconds a start may take
-PATIENCE = 45  # more than torchrun gives its processes to end
-FULL = 4096  # bytes that a file may still reach on the full disk: no tensor file is as small
+TIMEOUT, PATIENCE = 180, 45  # seconds: for a start; for torchrun to end its processes after that
+STOPPED, SAVED = 5, 6  # the step whose update is hit, and the one whose checkpoint is
+NEW, OLD = f"step-{SAVED:09d}.tmp", f"step-{2:09d}.removed.tmp"
+FULL = 4096  # bytes that a file may still reach on the full disk; no file of tensors is as small
 CLOCK = ("seconds", "images_per_second", "data_wait_share")
+# The network of the tests, with everything that has a state to lose. A row of the log for each
+# step, since one over several would be cut in two by the stop.
+CONFIG = Template("""
+data: {path: $photos, resolution: 32, batch_size: 2, workers: $workers}
+network: {block_out_channels: [8, 16], layers_per_block: 1, latent_channels: 4, norm_num_groups: 4,
+  mid_block_add_attention: false}
+losses: {perceptual: {net: alex, weight: 0.5}, variance: learned}
+adversary: {channels: 4, layers: 1, start: 3, warmup_steps: 2, ramp_steps: 2, lecam: 0.01, r1: 0.1,
+  r1_every: 2}
+training: {steps: 8, learning_rate: 2.0e-3, schedule: cosine, precision: bf16, ema: 0.9,
+  accumulation: $accumulation, log_every: 1, checkpoint_every: 2, keep_checkpoints: 2,
+  validate_every: 4}
+validation: {path: $photos, images: 2}
+output: $output
+""")
+
+
+def die(*_: Any, **__: Any) -> None:
+    """Ends this process as the system does, without a last word."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_apply(strike: Callable[[Any], None]) -> None:
+    """Calls this with the run whenever the gradients are there and no weight has moved yet."""
+    from latent_ae.training import step
+
+    original = step._apply
+    step._apply = lambda run: (strike(run), original(run))[1]
 
 
 def in_step(world: int) -> None:
-    """Kills between the two optimizers: one of them has moved its weights, the other has not."""
+    """Kills between the two optimizers: the autoencoder has moved, the discriminator has not."""
 
     def strike(run: Any) -> None:
         if run.step == STOPPED:
@@ -51,14 +85,14 @@ def in_step(world: int) -> None:
 
 
 def while_saving(world: int) -> None:
-    """Kills when two tensor files are there and a third one is half written."""
+    """Kills when some files are there and another one is half written."""
     from latent_ae.training import checkpoint
 
     original = checkpoint._save_tensors
 
     def save_tensors(state: Any, path: Path) -> None:
         original(state, path)
-        if struck(path.parent) and path.name == "objective.safetensors":
+        if path.parent.name == NEW and path.name == "objective.safetensors":
             os.truncate(path, path.stat().st_size // 2)
             die()
 
@@ -66,15 +100,9 @@ def while_saving(world: int) -> None:
 
 
 def before_rename(world: int) -> None:
-    """Kills when all files are on the disk and the folder still has its temporary name."""
+    """Kills when the disk holds all files, but under the temporary name."""
     original = Path.rename
-
-    def rename(path: Path, target: Path) -> Path:
-        if struck(path):
-            die()
-        return original(path, target)
-
-    Path.rename = rename  # pyright: ignore[reportAttributeAccessIssue]
+    Path.rename = lambda path, target: die() if path.name == NEW else original(path, target)
 
 
 def while_pruning(world: int) -> None:
@@ -86,40 +114,34 @@ def while_pruning(world: int) -> None:
         shutil.rmtree(path / "network")
         die()
 
-    run_folder.shutil = SimpleNamespace(rmtree=rmtree)  # pyright: ignore
+    run_folder.shutil = SimpleNamespace(rmtree=rmtree)
 
 
 def in_validation(world: int) -> None:
-    """Kills when pictures have been reconstructed and the network holds the averaged weights."""
+    """Kills when a batch is reconstructed, while the averaged weights are in the network."""
     from latent_ae.training import validation
 
-    validation.ReconstructionMetrics.update = die  # pyright: ignore
+    validation.ReconstructionMetrics.update = die
 
 
-def on_signal(number: signal.Signals) -> Callable[[int], None]:
-    """Sends a signal from inside an update, so that the run stops after `STOPPED` of them."""
+def on_signal(number: int) -> Callable[[int], None]:
+    """Signals from inside an update, such that the run stops after `STOPPED` of them."""
 
     def arm(world: int) -> None:
-        # Several processes agree on it a step later.
-        last = STOPPED - 1 if world == 1 else STOPPED - 2
-
-        def strike(run: Any) -> None:
-            if run.step == last:
-                os.kill(os.getpid(), number)
-
-        before_apply(strike)
+        update = STOPPED - (1 if world == 1 else 2)  # several processes agree a step later
+        before_apply(lambda run: os.kill(os.getpid(), number) if run.step == update else None)
 
     return arm
 
 
 def disk_full(world: int) -> None:
-    """Lets no file grow beyond `FULL` from where a save begins: writing fails with EFBIG."""
+    """From where a save begins no file can grow beyond `FULL`: writing fails with EFBIG."""
     from latent_ae.training.checkpoint import Checkpoint
 
     original = Checkpoint.save
 
     def save(self: Any, folder: Any, progress: Any, **options: Any) -> None:
-        if progress["step"] == STRUCK:
+        if progress["step"] == SAVED:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, resource.RLIM_INFINITY))
         original(self, folder, progress, **options)
@@ -128,71 +150,26 @@ def disk_full(world: int) -> None:
 
 
 class Point(NamedTuple):
-    """A kill point, and what proves that the run was stopped there.
-
-    Attributes:
-        title: in the table.
-        arm: patches the process that is to be stopped; called with the number of processes.
-        rank: of the process that is patched: the first, the last, or None for all of them.
-        code: with which it ends.
-        newest: the step of the newest checkpoint that it leaves.
-        leaves: what lies beside the whole checkpoints.
-    """
+    """A kill point, and what proves that the run was stopped there and nowhere else."""
 
     title: str
-    arm: Callable[[int], None]
-    rank: int | None
-    code: int
-    newest: int
-    leaves: tuple[str, ...] = ()
+    arm: Callable[[int], None]  # patches a process; takes the number of processes
+    rank: int | None  # of the process to patch: the first, the last, or all of them
+    code: int  # with which it ends
+    newest: int  # the step of the newest checkpoint that it leaves
+    beside: str | None = None  # what lies beside the whole checkpoints
 
 
-NEW, OLD = f"step-{STRUCK:09d}.tmp", f"step-{2:09d}.removed.tmp"
 POINTS = {
     "step": Point("in a step", in_step, 0, -9, 4),
-    "save": Point("while a checkpoint is written", while_saving, 0, -9, 4, (NEW,)),
-    "rename": Point("before the rename", before_rename, 0, -9, 4, (NEW,)),
-    "prune": Point("while old checkpoints are removed", while_pruning, 0, -9, STRUCK, (OLD,)),
-    "validation": Point("during validation", in_validation, 0, -9, VALIDATED),
+    "save": Point("while a checkpoint is written", while_saving, 0, -9, 4, NEW),
+    "rename": Point("before the rename", before_rename, 0, -9, 4, NEW),
+    "prune": Point("while old checkpoints are removed", while_pruning, 0, -9, SAVED, OLD),
+    "validation": Point("during validation", in_validation, 0, -9, 4),
     "sigterm": Point("SIGTERM", on_signal(signal.SIGTERM), -1, 0, STOPPED),
     "sigusr1": Point("SIGUSR1", on_signal(signal.SIGUSR1), -1, 0, STOPPED),
     "disk-full": Point("disk full", disk_full, None, 2, 4),
 }
-
-
-def struck(folder: Path) -> bool:
-    """Whether this is the checkpoint that is being written when the kill comes."""
-    return folder.name == NEW
-
-
-def die(*_: Any, **__: Any) -> None:
-    """Ends this process as the system does that has no memory left."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def before_apply(strike: Callable[[Any], None]) -> None:
-    """Calls this with the run when an update has its gradients and no weight has moved."""
-    from latent_ae.training import step
-
-    original = step._apply
-
-    def apply(run: Any) -> dict[str, Any]:
-        strike(run)
-        return original(run)
-
-    step._apply = apply
-
-
-def child(name: str, config: str) -> None:
-    """The run that is to be stopped: the command line, with its kill point armed."""
-    rank, world = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    point = POINTS[name]
-    if point.rank is None or rank == point.rank % world:
-        point.arm(world)
-    from latent_ae.cli import main as command_line
-
-    sys.argv = ["latent-ae", "train", config]
-    command_line()
 
 
 class Setting(NamedTuple):
@@ -206,88 +183,59 @@ class Setting(NamedTuple):
         return " / ".join(map(str, self))
 
 
-def write_config(folder: Path, setting: Setting, photos: Path) -> Path:
-    """The network of the tests, with everything that has a state to lose."""
-    source = {"path": str(photos)}
-    content = {
-        "data": source | {"resolution": 32, "batch_size": 2, "workers": setting.workers},
-        "network": {
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "latent_channels": 4,
-            "norm_num_groups": 4,
-            "mid_block_add_attention": False,
-        },
-        "losses": {"perceptual": {"net": "alex", "weight": 0.5}, "variance": "learned"},
-        "adversary": {
-            "channels": 4,
-            "layers": 1,
-            "start": 3,
-            "warmup_steps": 2,
-            "ramp_steps": 2,
-            "lecam": 0.01,
-            "r1": 0.1,
-            "r1_every": 2,
-        },
-        "training": {
-            "steps": STEPS,
-            "learning_rate": 2e-3,
-            "schedule": "cosine",
-            "precision": "bf16",
-            "accumulation": setting.accumulation,
-            "ema": 0.9,
-            "log_every": 1,  # a row of several steps would be cut in two by a stop
-            "checkpoint_every": 2,
-            "keep_checkpoints": 2,
-            "validate_every": VALIDATED,
-        },
-        "validation": source | {"images": 2},
-        "output": str(folder / "run"),
-    }
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(json.dumps(content))  # JSON is YAML
-    return folder / "config.yaml"
+def child(name: str, config: str) -> None:
+    """The run that is to be stopped: the command line, with its kill point armed."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    point = POINTS[name]
+    if point.rank is None or rank == point.rank % world:
+        point.arm(world)
+    from latent_ae.cli import main as command_line
+
+    sys.argv = ["latent-ae", "train", config]
+    command_line()
 
 
-def start(config: Path, processes: int, point: str | None = None) -> tuple[set[int], str] | None:
-    """Runs the command, or with a kill point the child.
+def start(folder: Path, processes: int, point: str | None = None) -> tuple[set[int], str] | None:
+    """Runs the plain command, or the child with its kill point.
 
     Returns:
         The exit codes of the processes that failed, or 0, and what they said; None if it hangs.
     """
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(processes)]
-    run = ["-m", "latent_ae", "train"] if point is None else [__file__, "--child", point]
-    home = str(config.parents[2] / "huggingface")  # no cache of the person's, no network
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes)]
+    command += [__file__, "--child", point] if point else ["-m", "latent_ae", "train"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
-    said = config.with_name("stopped.txt" if point else "finished.txt")
-    # Into a file: a loader's worker outlives its killed parent by seconds and would hold a pipe.
-    with said.open("w") as file:
+    # No cache of the person's, no network.
+    environment |= {"HF_HOME": str(folder.parents[1] / "huggingface"), "HF_HUB_OFFLINE": "1"}
+    said = folder / ("stopped.txt" if point else "finished.txt")
+    with said.open("w") as file:  # a killed run's loaders live on for seconds: they'd hold a pipe
         process = subprocess.Popen(
-            [*command, *run, str(config)], cwd=ROOT, env=environment, stdout=file, stderr=file
+            [*command, str(folder / "config.yaml")],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
         )
         try:
             process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
-            process.terminate()  # lets torchrun end its processes
+            process.terminate()  # torchrun passes it on, and kills who does not listen
             try:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             return None
-    text = said.read_text()
-    codes = {process.returncode}
-    if processes > 1 and process.returncode:  # it is torchrun's own; its report has the others'
+    text, codes = said.read_text(), {process.returncode}
+    if processes > 1 and process.returncode:  # torchrun's own; its report has the processes'
         codes = {int(code) for code in re.findall(r"exitcode +: (-?\d+)", text)}
     return codes, text
 
 
-def proof(point: Point, codes: set[int], text: str, checkpoints: Path) -> list[str]:
-    """What is not as it should be when the run has been stopped."""
+def misplaced(point: Point, codes: set[int], text: str, checkpoints: Path) -> list[str]:
+    """What is not as it should be after the stop."""
     wrong = []
     if point.code not in codes:
         wrong.append(f"exit code {', '.join(map(str, sorted(codes)))}, not {point.code}")
@@ -296,142 +244,135 @@ def proof(point: Point, codes: set[int], text: str, checkpoints: Path) -> list[s
     newest = max((int(name[5:]) for name in whole), default=0)
     if newest != point.newest:
         wrong.append(f"newest checkpoint {newest}, not {point.newest}")
-    if names - whole != set(point.leaves):
-        wrong.append(f"beside the checkpoints lies {', '.join(sorted(names - whole)) or 'nothing'}")
+    if names - whole != ({point.beside} if point.beside else set()):
+        wrong.append(f"beside the checkpoints: {', '.join(sorted(names - whole)) or 'nothing'}")
     if point.code == 2:
-        own = re.split(r" failed \(exitcode", text)[0]  # what follows is torchrun's
-        sentences = re.findall(r"^error.*: the checkpoint .* could not be written: .*", own, re.M)
-        if not sentences or "Traceback" in own:
-            wrong.append("not one sentence")
+        own = text.split(" failed (exitcode")[0]  # what follows is torchrun's
+        sentences = [line for line in own.splitlines() if line.startswith("error: ")]
+        if len(sentences) != 1 or " could not be written: " not in own or "Traceback" in own:
+            wrong.append("not one sentence about the checkpoint")
     return wrong
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """A nested structure as one dict, tensors as their kind and bytes."""
-    import torch
-
+    """A nested structure as one dict; tensors as their kind and bytes, so that NaN equals NaN."""
     if isinstance(value, torch.Tensor):
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return {name: (value.dtype, value.shape, data)}
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        found: dict[str, Any] = {}
-        for key, item in items:
-            found |= leaves(item, f"{name}/{key}")
-        return found or {name: type(value)}
-    return {name: value}
+        content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return {name: (value.dtype, value.shape, content)}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, item in value.items() for k, v in leaves(item, f"{name}/{key}").items()}
 
 
-def read(file: Path) -> Any:
-    """The content of one of a checkpoint's files."""
-    import torch
-    from safetensors.torch import load_file
-
+def read(file: Path) -> dict[str, Any]:
+    """A file of a checkpoint as a flat dict."""
     if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, weights_only=True) if file.suffix == ".pt" else file.read_text()
+        return leaves(load_file(file))
+    return leaves(
+        torch.load(file, weights_only=True)
+        if file.suffix == ".pt"
+        else json.loads(file.read_text())
+    )
 
 
-def rows(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The log's rows of numbers by group and step, without what a clock says."""
+def rows(run: Path) -> dict[str, dict[str, Any]]:
+    """The log's rows of numbers, without what a clock says."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {
-        (line["group"], line["step"]): {k: v for k, v in line.items() if k not in CLOCK}
+        f"{line['group']} row {line['step']}": {k: v for k, v in line.items() if k not in CLOCK}
         for line in lines
         if line["group"] in ("train", "validation")
     }
 
 
 def compare(whole: Path, again: Path) -> tuple[list[str], list[str]]:
-    """What differs between two runs' last checkpoints and logs, and which rows one run lacks."""
-    last = f"checkpoints/step-{STEPS:09d}"
-    differs = []
-    files = [
-        {str(path.relative_to(run / last)) for path in (run / last).rglob("*") if path.is_file()}
-        for run in (whole, again)
-    ]
-    differs += [f"only one has {name}" for name in sorted(files[0] ^ files[1])]
-    for name in sorted(files[0] & files[1]):
-        a, b = (leaves(read(run / last / name)) for run in (whole, again))
+    """What differs in two runs' last checkpoints and logs, and which rows only one log has."""
+    differs, files = [], []
+    for folder in (run / "checkpoints/step-000000008" for run in (whole, again)):
+        files.append({str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()})
+    for name in sorted(files[0].keys() | files[1].keys()):
+        a, b = (read(found[name]) if name in found else {} for found in files)
         unequal = [key for key in a.keys() | b.keys() if key not in a or a[key] != b.get(key)]
         if unequal:
-            differs.append(f"{name} ({len(unequal)} of {len(a)} differ)")
+            differs.append(f"{name}: {len(unequal)} of {len(a)} differ")
     before, after = rows(whole), rows(again)
-    differs += [
-        f"{group} row {step}"
-        for group, step in sorted(before.keys() & after.keys())
-        if before[group, step] != after[group, step]
-    ]
-    return differs, [f"{group} row {step}" for group, step in sorted(before.keys() ^ after.keys())]
+    shared = sorted(before.keys() & after.keys())
+    differs += [name for name in shared if before[name] != after[name]]
+    return differs, sorted(before.keys() ^ after.keys())
 
 
-def cell(name: str, setting: Setting, folder: Path, photos: Path, reference: Path) -> str:
+def cell(name: str, setting: Setting, folder: Path, reference: Path) -> str:
     """Stops a run, starts it again, and tells how it compares."""
-    config, point = write_config(folder, setting, photos), POINTS[name]
-    stopped = start(config, setting.processes, name)
+    stopped = start(folder, setting.processes, name)
     if stopped is None:
         return "hangs before the restart"
-    wrong = proof(point, *stopped, folder / "run/checkpoints")
-    finished = start(config, setting.processes)
+    wrong = misplaced(POINTS[name], *stopped, folder / "run/checkpoints")
+    finished = start(folder, setting.processes)
     if finished is None:
         return "; ".join([*wrong, "hangs after the restart"])
     if finished[0] != {0}:
-        return "; ".join([*wrong, f"the restart ends with {sorted(finished[0])}"])
-    differs, lacks = compare(reference, folder / "run")
+        return "; ".join([*wrong, f"exit code {sorted(finished[0])} after the restart"])
+    differs, lacks = compare(reference / "run", folder / "run")
     if wrong or differs:
         return "; ".join([*wrong, *differs])
     return "bit-equal" + (f" (without {', '.join(lacks)})" if lacks else "")
 
 
 def measure(points: list[str], settings: list[Setting], work: Path) -> dict[tuple, str]:
-    """Fills the table; tells each cell as it comes."""
-    from PIL import Image
-    from skimage import data
+    """Fills the table, and tells each cell as it comes."""
 
-    photos, cells = work / "photos", {}
-    photos.mkdir()
+    def prepared(folder: Path, setting: Setting) -> Path:
+        folder.mkdir(parents=True)
+        values = setting._asdict() | {"photos": work / "photos", "output": folder / "run"}
+        (folder / "config.yaml").write_text(CONFIG.substitute(values))
+        return folder
+
+    (work / "photos").mkdir()
     for name in PHOTOGRAPHS:
         picture = Image.fromarray(getattr(data, name)())
         picture.thumbnail((144, 144), Image.Resampling.LANCZOS)
-        picture.save(photos / f"{name}.png")
+        picture.save(work / "photos" / f"{name}.png")
+    cells = {}
     for column, setting in enumerate(settings):
-        reference = work / str(column) / "reference"
-        whole = start(write_config(reference, setting, photos), setting.processes)
+        reference = prepared(work / str(column) / "reference", setting)
+        whole = start(reference, setting.processes)
         if whole is None or whole[0] != {0}:
             sys.exit(f"the run that nobody stops fails: {whole[1] if whole else 'it hangs'}")
         for name in points:
-            began, folder = time.monotonic(), work / str(column) / name
-            text = cell(name, setting, folder, photos, reference / "run")
-            cells[name, setting] = text
+            began = time.monotonic()
+            folder = prepared(work / str(column) / name, setting)
+            text = cells[name, setting] = cell(name, setting, folder, reference)
             print(f"{name}, {setting}: {text} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
-            if not text.startswith("bit-equal"):
-                for file in sorted(folder.glob("*.txt")):
-                    print(f"--- {file.name}\n{file.read_text()[-3000:]}", file=sys.stderr)
-            shutil.rmtree(folder)
+            for file in [] if text.startswith("bit-equal") else sorted(folder.glob("*.txt")):
+                print(f"--- {file.name}\n{file.read_text()[-3000:]}", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
     return cells
 
 
 def table(points: list[str], settings: list[Setting], cells: dict[tuple, str]) -> str:
-    """The markdown that goes to the file."""
-    lines = ["| stopped | " + " | ".join(map(str, settings)) + " |"]
-    lines.append("|-" * (1 + len(settings)) + "|")
+    """The table in markdown, with what it was measured by."""
+    lines = [f"| stopped | {' | '.join(map(str, settings))} |", "|-" * (1 + len(settings)) + "|"]
     for name in points:
-        row = [cells[name, setting].replace("|", "\\|") for setting in settings]
-        lines.append(f"| {POINTS[name].title} | " + " | ".join(row) + " |")
-    packages = ("torch", "accelerate", "diffusers", "safetensors", "torchdata")
+        row = [POINTS[name].title, *(cells[name, setting] for setting in settings)]
+        lines.append(f"| {' | '.join(row)} |")
+    packages = ("torch", "accelerate", "diffusers", "safetensors")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    command = shlex.join(["python", "benchmarks/restart_matrix.py", *sys.argv[1:]])
     lines += [
         "\nColumns: processes / accumulation / loader workers. "
-        f"{time.strftime('%Y-%m-%d')}, CPU {platform.machine()}, "
-        f"Python {platform.python_version()}, {versions}; `{command}`"
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores {platform.machine()}, "
+        f"Python {platform.python_version()}, {versions}. "
+        f"`{shlex.join(['python', 'benchmarks/restart_matrix.py', *sys.argv[1:]])}`\n"
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Reads the options and measures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    """Reads the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--points", nargs="+", choices=POINTS, default=list(POINTS))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--accumulation", nargs="+", type=int, default=[1, 2])
@@ -441,14 +382,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         return child(*options.child)
-    settings = [
-        Setting(*values)
-        for values in product(options.processes, options.accumulation, options.workers)
-    ]
+    wanted = product(options.processes, options.accumulation, options.workers)
+    settings = [Setting(*values) for values in wanted]
     with tempfile.TemporaryDirectory() as work:
         cells = measure(options.points, settings, Path(work))
     text = table(options.points, settings, cells)
-    print(text, end="")
+    print(text)
     if options.out:
         options.out.write_text(text)
     sys.exit(any(not cell.startswith("bit-equal") for cell in cells.values()))

@@ -8,22 +8,21 @@
 discriminator over pictures and reconstructions together, one backward pass through each; fused
 AdamW, EMA over all weights at once, channels_last, nothing read back from the device.
 
-`plain` is the usual loop, as in diffusers' `train_autoencoderkl.py` and in LDM: the discriminator
-has a step of its own with a forward pass of the autoencoder of its own (autograd on), and passes of
-its own over pictures and over reconstructions; the adaptive weight differentiates LPIPS and the
-discriminator once more with respect to the last layer; stock `lpips`, default AdamW, EMA weight by
-weight, contiguous memory, nine `.item()`. What is only wrong there is not repeated: LPIPS has
-gradients, and the discriminator is frozen while the autoencoder learns.
+`plain` is the usual loop, as in diffusers' `train_autoencoderkl.py` and in LDM: a second forward pass
+of the autoencoder for the discriminator's step (with autograd, as in the former), which judges
+pictures and reconstructions apart; the adaptive weight differentiates LPIPS and the discriminator
+once more, with respect to the last layer; stock `lpips`, default AdamW, EMA weight by weight,
+contiguous memory, nine `.item()`. What is only wrong there is not repeated: LPIPS has gradients,
+and the discriminator is frozen while the autoencoder learns.
 
-Both do the same mathematics: L1 + LPIPS + KL + hinge PatchGAN with the adaptive weight, the same
-batch, weights and noise. Before anything is timed their first losses are compared; the script stops
-where they differ. `--variants` adds `ours` with one key of the config changed. Steps are timed in
-turn (ours, plain, …, ours, plain, …), with the device idle at either end of each; a ratio is the
-median over the rounds, so a load that slows a whole round cancels.
+Both minimise L1 + LPIPS + KL + hinge PatchGAN with the adaptive weight, on the same batch. Their
+first losses are compared, from the same weights and noise; the script stops where they differ.
+`--variants` adds `ours` with one key of the config changed. Steps are timed in turn (ours, plain, …,
+ours, plain, …); a ratio is the median over the rounds, so a load that slows a whole round cancels.
 
-Memory is measured over two steps in a process of its own for each row. On a GPU it is the peak of
-torch's allocator, weights included. On a CPU, where that keeps no count, it is the growth of the
-process from just before its first step to the peak (Linux only), so without weights and EMA.
+Memory is that of two steps in a process of its own for each row. On a GPU it is the peak of torch's
+allocator, weights included. On a CPU, where torch keeps no count, it is how far the process grows
+from its first step to the peak (Linux only; elsewhere give --no-memory), so without weights and EMA.
 """
 
 import argparse
@@ -31,6 +30,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -39,6 +39,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from unittest.mock import patch
 
@@ -59,7 +60,6 @@ from latent_ae.training.step import update
 
 ROOT = Path(__file__).parents[1]
 SCRATCH = Path(os.environ["HF_HOME"])
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 # What a variant changes in `ours`' section `training`.
 VARIANTS = {
     "contiguous": {"channels_last": False},
@@ -70,24 +70,9 @@ VARIANTS = {
 }
 COMPARED = ("l1", "lpips", "kl", "total", "adversarial", "adaptive_weight")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative; what is left is rounding
-MEASURED_STEPS = 2  # Adam's moments exist from the first on, beside activations in the second
-# Freed blocks go back to the system at once: otherwise a process keeps its peak, and what
-# fragmentation adds to it.
-TIDY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-}
-
-
-class Same:
-    """A stream that has one batch: decoding is not what is compared."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __next__(self):
-        return self.batch
+# glibc gives freed blocks back at once: gaps in its heap would count as the step's otherwise.
+TIDY = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+TIDY["MALLOC_ARENA_MAX"] = "1"
 
 
 class Ours:
@@ -95,9 +80,10 @@ class Ours:
 
     def __init__(self, config, batch):
         self.run = prepare(config)
-        self.run.stream = Same(batch)
+        self.run.stream = repeat(batch)  # decoding is not what is compared
 
     def step(self):
+        """One update; returns its terms, still on the device."""
         terms = update(self.run).terms
         self.run.step += 1
         return terms
@@ -112,14 +98,13 @@ class Plain:
         self.judge = NLayerDiscriminator(config.adversary).to(device).train()
         perceptual = config.losses.perceptual
         self.lpips = load_backbone(perceptual.net, perceptual.path).to(device)
-        rate = config.training.learning_rate
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), rate, config.training.betas, weight_decay=0
-        )
-        self.judge_optimizer = torch.optim.AdamW(
-            self.judge.parameters(), rate, config.adversary.betas, weight_decay=0
-        )
+        self.optimizer = self._adam(self.network, config.training.betas)
+        self.judge_optimizer = self._adam(self.judge, config.adversary.betas)
         self.ema = EMAModel(self.network.parameters(), decay=config.training.ema)
+
+    def _adam(self, module, betas):
+        rate = self.config.training.learning_rate
+        return torch.optim.AdamW(module.parameters(), rate, betas, weight_decay=0)
 
     def load(self, run):
         """Begins with the weights of one of our runs."""
@@ -127,10 +112,12 @@ class Plain:
         self.judge.load_state_dict(run.rule.discriminator.state_dict())
 
     def autocast(self):
+        """The precision that Accelerate gives `ours`."""
         on = self.config.training.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def step(self):
+        """One update of both networks; returns its terms, read back."""
         images = normalize(self.batch.images.to(self.device, non_blocking=True))
         return self._learn(images) | self._learn_to_judge(images)
 
@@ -150,7 +137,7 @@ class Plain:
         last = self.network.decoder.conv_out.weight
         (g_rec,) = torch.autograd.grad(seen, last, retain_graph=True)
         (g_adv,) = torch.autograd.grad(terms["adversarial"], last, retain_graph=True)
-        # LDM's losses are sums over an image, ours means: its bounds apply to the former.
+        # In the units of LDM, whose losses are sums over an image; here they are means.
         adaptive = elements * g_rec.norm() / (g_adv.norm() + 1e-4)
         terms["adaptive_weight"] = adaptive.clamp(0, config.adversary.adaptive_max).detach()
         terms["total"] = seen + config.bottleneck.weight * terms["kl"]
@@ -183,26 +170,21 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", choices=["tiny", "kl_f8"], default="tiny")
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each row")
-    parser.add_argument("--warmup", type=int, default=1, help="untimed ones after the comparison")
-    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=[])
-    parser.add_argument("--lpips", choices=["alex", "vgg"], default="alex")
-    parser.add_argument("--lpips-path", help="safetensors of torchvision's backbone")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--no-memory", action="store_true", help="leave out that column")
-    parser.add_argument("--only", choices=["ours", "plain", *VARIANTS], help="one row alone")
-    parser.add_argument(
-        "--measure-memory", action="store_true", help="with --only: print its bytes, time nothing"
-    )
-    args = parser.parse_args()
-    if args.measure_memory and args.only is None:
-        parser.error("--measure-memory needs --only")
-    return args
+    add = parser.add_argument
+    add("--network", choices=["tiny", "kl_f8"], default="tiny", help="that of configs/")
+    add("--resolution", type=int, default=64)
+    add("--batch", type=int, default=8)
+    add("--precision", choices=list(TOLERANCE), default="fp32")
+    add("--steps", type=int, default=5, help="timed steps of each row, after two untimed")
+    add("--variants", nargs="*", choices=list(VARIANTS), default=[], help="more rows of ours")
+    add("--lpips", choices=["alex", "vgg"], default="alex")
+    add("--lpips-path", help="safetensors of torchvision's backbone")
+    add("--threads", type=int, help="of torch on the CPU")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--no-memory", action="store_true", help="leave out those columns")
+    add("--only", choices=["ours", "plain", *VARIANTS], help="this row alone")
+    add("--measure-memory", action="store_true", help="print the bytes of that row, time nothing")
+    return parser.parse_args()
 
 
 def config_of(args, name):
@@ -230,27 +212,18 @@ def config_of(args, name):
     return load_config(ROOT / f"configs/{args.network}.yaml", overrides)
 
 
-def device_of(args):
-    """Where it runs; Accelerate learns of it through its own variable."""
-    if args.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    return default_device() if args.device == "auto" else torch.device(args.device)
-
-
 def photograph_batch(args):
     """Four photographs as files, and the batch that everything trains on."""
-    folder = SCRATCH / "photographs"
-    folder.mkdir()
-    for name in PHOTOGRAPHS:
+    (folder := SCRATCH / "photographs").mkdir()
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
         Image.fromarray(getattr(photographs, name)()).save(folder / f"{name}.png")
     return next(TrainingStream(config_of(args, "ours").data))
 
 
 def build(args, name, batch, device):
     """What makes the steps of a row."""
-    if name == "plain":
-        return Plain(config_of(args, name), batch, device)
-    return Ours(config_of(args, name), batch)
+    config = config_of(args, name)
+    return Plain(config, batch, device) if name == "plain" else Ours(config, batch)
 
 
 def compare(ours, plain, precision):
@@ -268,23 +241,22 @@ def compare(ours, plain, precision):
     torch.manual_seed(0)
     theirs = plain.step()
     print("First step, from the same weights and noise:\n\n| | ours | plain | apart |\n|-|-|-|-|")
-    worst = 0.0
+    agree = True
     for name in COMPARED:
         a, b = float(mine[name]), theirs[name]
         apart = abs(a - b) / max(abs(b), 1e-12)
-        worst = max(worst, apart)
+        agree = agree and apart <= TOLERANCE[precision]  # NaN is no agreement either
         print(f"| {name} | {a:.6g} | {b:.6g} | {apart:.1e} |")
-    if not worst <= TOLERANCE[precision]:  # NaN is no agreement either
+    if not agree:
         raise SystemExit("ours and plain do not compute the same losses: nothing to compare")
 
 
 def timed(actor, device):
     """Seconds of one step, with the device idle before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else gc.isenabled
-    wait()
     began = time.perf_counter()
     actor.step()
-    wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -293,14 +265,10 @@ def seconds(args, names, batch, device):
     actors = {name: build(args, name, batch, device) for name in names}
     if "ours" in actors and "plain" in actors:
         compare(actors["ours"], actors["plain"], args.precision)
-    for actor in actors.values():
-        for _ in range(args.warmup):
-            actor.step()
-    taken = {name: [] for name in names}
-    for _ in range(args.steps):
-        for name, actor in actors.items():
-            taken[name].append(timed(actor, device))
-    return taken
+    for actor in [*actors.values()] * 2:
+        timed(actor, device)  # for nothing: compilers and allocators settle
+    turns = [{name: timed(actors[name], device) for name in names} for _ in range(args.steps)]
+    return {name: [turn[name] for turn in turns] for name in names}
 
 
 def resident(field):
@@ -308,8 +276,7 @@ def resident(field):
 
     Not getrusage's: a child's ru_maxrss begins with its parent's.
     """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
 def peak_memory(actor, device):
@@ -320,7 +287,7 @@ def peak_memory(actor, device):
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak of building is forgotten
         before = resident("VmRSS")
-    for _ in range(MEASURED_STEPS):
+    for _ in range(2):  # in the second, Adam's moments lie beside the activations
         actor.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -330,10 +297,8 @@ def peak_memory(actor, device):
 def peak_in_child(name):
     """The same in a fresh process, in which nothing else has left its traces."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--measure-memory"]
-    done = subprocess.run(
-        command, env=os.environ | TIDY, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
+    environment = os.environ | TIDY
+    return int(subprocess.check_output(command, env=environment, text=True).split()[-1])
 
 
 def ratio(values, name, other):
@@ -344,15 +309,14 @@ def ratio(values, name, other):
     return f"{statistics.median(a / b for a, b in pairs):.2f}"
 
 
-def show(args, names, taken, peaks):
+def show(args, taken, peaks):
     """Prints the table."""
-    speeds = {name: [args.batch / one for one in taken[name]] for name in names}
+    speeds = {name: [args.batch / one for one in times] for name, times in taken.items()}
     memory = {name: [peak] for name, peak in peaks.items()}
     print("\n| step | images/s | to plain | to ours | peak (bytes) | to plain | to ours |")
     print("|-|-|-|-|-|-|-|")
-    for name in names:
-        cells = [f"ours, {name}" if name in VARIANTS else name]
-        cells += [f"{statistics.median(speeds[name]):.3g}"]
+    for name, values in speeds.items():
+        cells = [f"ours, {name}" if name in VARIANTS else name, f"{statistics.median(values):.3g}"]
         cells += [ratio(speeds, name, other) for other in ("plain", "ours")]
         cells += [f"{peaks[name]:,}" if name in peaks else "–"]
         cells += [ratio(memory, name, other) for other in ("plain", "ours")]
@@ -364,26 +328,26 @@ def machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    name = found[1] if found else platform.processor()
     return f"{name}, torch threads: {torch.get_num_threads()}"
 
 
 def main():
     args = arguments()
-    device = device_of(args)
+    device = default_device() if args.device == "auto" else torch.device(args.device)
+    if device.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     if args.threads:
         torch.set_num_threads(args.threads)
     batch = photograph_batch(args)
     if args.measure_memory:
-        print(peak_memory(build(args, args.only, batch, device), device))
+        print(peak_memory(build(args, args.only or "ours", batch, device), device))
         return
     names = [args.only] if args.only else ["ours", "plain", *args.variants]
-    countable = device.type == "cuda" or Path("/proc/self/clear_refs").exists()
     # First, while this process holds nothing on the device yet.
-    peaks = {} if args.no_memory or not countable else {n: peak_in_child(n) for n in names}
-    show(args, names, seconds(args, names, batch, device), peaks)
+    peaks = {} if args.no_memory else {n: peak_in_child(n) for n in names}
+    show(args, seconds(args, names, batch, device), peaks)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     print(f"\n{time.strftime('%Y-%m-%d')}, {machine(device)}, {packages}")
     print(f"`python benchmarks/train_step.py {shlex.join(sys.argv[1:])}`")

@@ -14,6 +14,8 @@ from latent_ae.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from latent_ae.training import DryRun
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -61,21 +63,39 @@ BatchSize = Annotated[int, typer.Option(help="Pictures a pass.", min=1)]
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Do two steps, a validation, a save and a resume in a folder beside `output`, say "
+            "what the run will take or what would not work, and leave nothing behind.",
+        ),
+    ] = False,
+) -> None:
     """Train an autoencoder; the same command resumes a run that was stopped.
 
     One process: `latent-ae train configs/tiny.yaml data.path=photos`. Several GPUs or machines:
     `accelerate launch -m latent_ae train configs/kl_f8.yaml`. Checkpoints, `log.jsonl`, TensorBoard
-    rows and validation pictures go to the folder that the config calls `output`.
+    rows and validation pictures go to the folder that the config calls `output`. SIGTERM and
+    SIGUSR1 end it after the running step, with a checkpoint and exit code 0.
     """
+    from latent_ae import training
     from latent_ae.config_file import load_config
     from latent_ae.run_folder import RunFolder
-    from latent_ae.training import train
 
     settings = load_config(config, overrides)
     console = _console()
-    folder = RunFolder(train(settings, console))
-    if folder.progress(folder.latest())["step"] == settings.training.steps:
+    main = os.environ.get("RANK", "0") == "0"
+    if dry_run:
+        result = training.dry_run(settings, console)
+        if main:
+            _print_dry_run(result)
+        return
+    folder = RunFolder(training.train(settings, console))
+    if main and folder.progress(folder.latest())["step"] >= settings.training.steps:
         console.print(f"done; next: latent-ae export {folder.path} OUT", markup=False)
 
 
@@ -85,6 +105,9 @@ def export(
         Path, typer.Argument(help="The run's folder: `output` of its config.", metavar="RUN")
     ],
     out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    checkpoint: Annotated[
+        str, typer.Option(help="`last`, `best` by its validation, or a step's number.")
+    ] = "last",
     statistics: Annotated[
         Literal["scale", "shift", "channels"],
         typer.Option(
@@ -96,14 +119,22 @@ def export(
     data: Annotated[Path | None, typer.Option(help="Measure on these pictures instead.")] = None,
     license: Annotated[str, typer.Option(help="For the model card.")] = "unknown",
 ) -> None:
-    """Write a run's newest weights as a folder that stock diffusers loads.
+    """Write a run's weights as a folder that stock diffusers loads.
 
     The averaged (EMA) weights, with the scale measured on the data's own latents; loaded again and
     compared before the folder appears.
     """
     from latent_ae.export import IGNORED_BY, export_run
 
-    export_run(run, out, statistics=statistics, images=images, data=data, license_name=license)
+    export_run(
+        run,
+        out,
+        checkpoint=checkpoint,
+        statistics=statistics,
+        images=images,
+        data=data,
+        license_name=license,
+    )
     console = _console()
     key = {"shift": "shift_factor", "channels": "latents_mean"}.get(statistics)
     if key:
@@ -246,6 +277,16 @@ def config(
     print(dump_yaml(settings), end="")
     width = max(map(len, facts))
     print("\n" + "\n".join(f"# {title:<{width}}  {fact}" for title, fact in facts.items()))
+
+
+def _print_dry_run(result: DryRun) -> None:
+    gib, hours = 2**30, result.seconds / 3600
+    _console().print(
+        f"it works: {result.images_per_second:.1f} images/s · {hours:.1f} hours for all steps · "
+        f"peak memory {result.peak_memory / gib:.2f} GiB a process · checkpoints of "
+        f"{result.checkpoint / gib:.3f} GiB, {result.free / gib:.0f} GiB free",
+        highlight=False,
+    )
 
 
 def _print_metrics(rows: dict[str, dict[str, float]]) -> None:

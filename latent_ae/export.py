@@ -57,19 +57,23 @@ def export_run(
     run: str | Path,
     out: str | Path,
     *,
+    checkpoint: str = "last",
     statistics: str = "scale",
     images: int = 256,
     data: str | Path | None = None,
     license_name: str = "unknown",
 ) -> Path:
-    """Writes the run's newest weights, averaged where there is an EMA, as a diffusers folder.
+    """Writes a run's weights, averaged where there is an EMA, as a diffusers folder.
 
     The scale is measured on training crops, the folder is written aside, loaded again by stock
-    diffusers and compared, then renamed into place.
+    diffusers and compared, then renamed into place. A run with an adversary leaves its
+    `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
+    does not look at it.
 
     Args:
         run: a training run's folder.
         out: the folder to make; must not exist yet.
+        checkpoint: `last`, `best` (of those kept, by `training.best_by`) or a step's number.
         statistics: `scale` writes `scaling_factor` alone, which every stock pipeline uses; `shift`
             adds `shift_factor`; `channels` adds `latents_mean` and `latents_std`.
         images: training crops to measure on.
@@ -80,14 +84,14 @@ def export_run(
         `out`.
 
     Raises:
-        UserError: `run` has no checkpoint, `out` exists, or the data cannot be read.
+        UserError: `run` has no such checkpoint, `out` exists, or the data cannot be read.
     """
     if statistics not in STATISTICS:
         raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
     folder, out = RunFolder(run), Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another folder")
-    network, progress = folder.trained_network()
+    network, progress = folder.trained_network(checkpoint)
     config = folder.config()
     network = network.to(default_device()).eval()  # pyright: ignore
     if config.bottleneck.weight == 0:
@@ -102,6 +106,9 @@ def export_run(
         _forget_origin(aside / "config.json")
         _require_same(network, aside, sample)
         record = _record(config, folder, progress, measured, aside)
+        judge = folder.checkpoint(progress["step"]) / "discriminator.safetensors"
+        if judge.is_file():
+            shutil.copyfile(judge, aside / judge.name)
         (aside / "latent_ae.json").write_text(json.dumps(record, indent=2) + "\n")
         (aside / "README.md").write_text(_model_card(network, record, license_name))
         if out.exists():
@@ -256,4 +263,8 @@ def _objective_in_words(config: dict[str, Any]) -> str:
     losses, text = config["losses"], config["losses"]["pixel"].upper()
     if "perceptual" in losses:
         text += f" + {losses['perceptual']['weight']:g} LPIPS-{losses['perceptual']['net']}"
-    return f"{text} + {config['bottleneck']['weight']:g} KL"
+    text += f" + {config['bottleneck']['weight']:g} KL"
+    if adversary := config.get("adversary"):
+        text += f" + {adversary['weight']:g} PatchGAN ({adversary['loss']}"
+        text += f", from step {adversary['start']})"
+    return text

@@ -15,7 +15,7 @@ from latent_ae.config_file import dump_yaml, load_config
 from latent_ae.errors import UserError
 from latent_ae.run_folder import RunFolder
 
-__all__ = ["claim_folder", "start_accelerator"]
+__all__ = ["claim_folder", "refuse_other_run", "start_accelerator"]
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
@@ -57,22 +57,28 @@ def start_accelerator(training: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def refuse_other_run(folder: RunFolder, config: Config) -> None:
+    """Raises `UserError` if the folder's checkpoints are of another network than the config's."""
+    if not folder.all_checkpoints():
+        return
+    before, now = folder.config().model_dump(), config.model_dump()
+    both = before["adversary"] is not None and now["adversary"] is not None
+    for key in (*_FIXED, *(_FIXED_IF_BOTH if both else ())):
+        old, new = (_at(content, key) for content in (before, now))
+        if old != new:
+            raise UserError(
+                f"{folder.path} holds a run with another {key}; choose another `output`, or "
+                f"resume with the config in {folder.config_file}"
+            )
+
+
 def claim_folder(folder: RunFolder, config: Config, accelerator: Accelerator) -> None:
     """Writes the resolved config; refuses a folder whose checkpoints are of another network.
 
     Raises:
         UserError: they are.
     """
-    if folder.all_checkpoints():
-        before, now = folder.config().model_dump(), config.model_dump()
-        both = before["adversary"] is not None and now["adversary"] is not None
-        for key in (*_FIXED, *(_FIXED_IF_BOTH if both else ())):
-            old, new = (_at(content, key) for content in (before, now))
-            if old != new:
-                raise UserError(
-                    f"{folder.path} holds a run with another {key}; choose another `output`, or "
-                    f"resume with the config in {folder.config_file}"
-                )
+    refuse_other_run(folder, config)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
