@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from latent_ae.config import Config, DiscriminatorConfig, TrainingConfig
@@ -34,6 +35,10 @@ def start_accelerator(training: TrainingConfig) -> Accelerator:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     # A process that trains twice may do so in another precision; Accelerate keeps the first one's.
     AcceleratorState._reset_state()
+    have = {tracker.value for tracker in get_available_trackers()}
+    for name in training.trackers:  # Accelerate leaves out what is not installed
+        if name not in have:
+            raise UserError(f"training.trackers: {name} is not installed here")
     try:
         accelerator = Accelerator(
             mixed_precision=_PRECISIONS[training.precision],
@@ -50,10 +55,6 @@ def start_accelerator(training: TrainingConfig) -> Accelerator:
     if training.precision == "fp16" and accelerator.scaler is None:
         # Accelerate would train on, without the scaling that keeps small gradients from vanishing.
         raise UserError("training.precision fp16 needs a GPU; take bf16 or fp32 on this machine")
-    have = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
-    for name in training.trackers:  # Accelerate drops what is not installed without a word
-        if name not in have:
-            raise UserError(f"training.trackers: {name} is not installed here")
     return accelerator
 
 

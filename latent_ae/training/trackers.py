@@ -50,7 +50,8 @@ class Trackers:
             self.board.add_scalar(name, value, step)
         pixels = None
         if sheet is not None:
-            pixels = np.asarray(Image.open(sheet))
+            with Image.open(sheet) as picture:
+                pixels = np.asarray(picture)
             self.board.add_image(f"{group}/sheet", pixels, step, dataformats="HWC")
         for tracker in self.run.accelerator.trackers:
             tracker.log(named, step=step)
