@@ -58,7 +58,8 @@ class KLBottleneck(nn.Module):
         if self.deterministic:
             return Code(mean, statistics={"latent_std": mean.detach().std()})
         std = torch.exp(0.5 * logvar)
-        latents = mean + std * torch.randn_like(mean)
+        noise = torch.randn(mean.shape, device=mean.device)  # whatever the memory layout
+        latents = mean + std * noise
         kl = gaussian_kl(mean, logvar).flatten(1).sum(1)
         statistics = {"latent_std": latents.detach().std(), "posterior_std": std.detach().mean()}
         return Code(latents, {"kl": kl}, statistics)

@@ -1,7 +1,7 @@
 """The keys of a run's YAML file, their defaults and what they mean."""
 
 from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
-from latent_ae.config.data import DataConfig, SourceConfig, ValidationConfig
+from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
 from latent_ae.config.model import (
     AutoencoderConfig,
     BottleneckConfig,
@@ -14,6 +14,7 @@ from latent_ae.config.section import Section
 from latent_ae.config.training import TrainingConfig
 
 __all__ = [
+    "SMALLEST_MEASURED",
     "AdversaryConfig",
     "AutoencoderConfig",
     "BottleneckConfig",

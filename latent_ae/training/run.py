@@ -158,6 +158,10 @@ def prepare(config: Config) -> Run:
         _initialize(config, model.network)
     objective = Objective(config.losses, config.bottleneck)
     adversary = Adversary(config.adversary) if config.adversary else None
+    if config.training.channels_last:
+        for part in (objective, adversary):  # or LPIPS would copy every picture back
+            if part is not None:
+                part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network, last_input = model.network, LastInput(model.network)
     autoencoder = _ready(model, config.training, accelerator)
     # DDP refuses a module that has nothing to train: without a learned variance, only autocast.
@@ -167,8 +171,6 @@ def prepare(config: Config) -> Run:
     optimizer = _adam(trained, config.training, config.training.betas)
     discriminator_optimizer = None
     if adversary is not None and config.adversary is not None:
-        if config.training.channels_last:
-            adversary = adversary.to(memory_format=torch.channels_last)  # pyright: ignore
         adversary = accelerator.prepare_model(adversary)
         verdict_makers = list(adversary.parameters())
         discriminator_optimizer = _adam(verdict_makers, config.training, config.adversary.betas)
