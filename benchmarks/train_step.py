@@ -8,21 +8,21 @@
 discriminator over pictures and reconstructions together, one backward pass through each; fused
 AdamW, EMA over all weights at once, channels_last, nothing read back from the device.
 
-`plain` is the usual loop, as in diffusers' `train_autoencoderkl.py` and in LDM: a second forward pass
-of the autoencoder for the discriminator's step (with autograd, as in the former), which judges
+`plain` is the usual loop, as in diffusers' `train_autoencoderkl.py` and in LDM: a second forward
+pass of the autoencoder for the discriminator's step (with autograd, as in the former), which judges
 pictures and reconstructions apart; the adaptive weight differentiates LPIPS and the discriminator
 once more, with respect to the last layer; stock `lpips`, default AdamW, EMA weight by weight,
 contiguous memory, nine `.item()`. What is only wrong there is not repeated: LPIPS has gradients,
 and the discriminator is frozen while the autoencoder learns.
 
-Both minimise L1 + LPIPS + KL + hinge PatchGAN with the adaptive weight, on the same batch. Their
-first losses are compared, from the same weights and noise; the script stops where they differ.
-`--variants` adds `ours` with one key of the config changed. Steps are timed in turn (ours, plain, …,
-ours, plain, …); a ratio is the median over the rounds, so a load that slows a whole round cancels.
+Both minimise L1 + LPIPS + KL + hinge PatchGAN with the adaptive weight, on the same batch; the
+script stops if their first losses differ, from the same weights and noise. `--variants` adds `ours`
+with one key of the config changed. Steps are timed in turn; a ratio is the median over the rounds,
+so a load that slows a whole round cancels.
 
-Memory is that of two steps in a process of its own for each row. On a GPU it is the peak of torch's
-allocator, weights included. On a CPU, where torch keeps no count, it is how far the process grows
-from its first step to the peak (Linux only; elsewhere give --no-memory), so without weights and EMA.
+Memory is that of two steps in a process of its own for each row. On a GPU: the peak of torch's
+allocator, weights included. On a CPU, where torch keeps no count: how far the process grows from
+its first step to the peak (Linux; elsewhere give --no-memory), so without weights and EMA.
 """
 
 import argparse
@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -69,10 +70,9 @@ VARIANTS = {
     "bf16": {"precision": "bf16"},
 }
 COMPARED = ("l1", "lpips", "kl", "total", "adversarial", "adaptive_weight")
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative; what is left is rounding
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # relative; what is left is rounding
 # glibc gives freed blocks back at once: gaps in its heap would count as the step's otherwise.
-TIDY = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
-TIDY["MALLOC_ARENA_MAX"] = "1"
+TIDY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "9999", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 class Ours:
@@ -84,9 +84,7 @@ class Ours:
 
     def step(self):
         """One update; returns its terms, still on the device."""
-        terms = update(self.run).terms
-        self.run.step += 1
-        return terms
+        return update(self.run).terms
 
 
 class Plain:
@@ -94,6 +92,8 @@ class Plain:
 
     def __init__(self, config, batch, device):
         self.config, self.batch, self.device = config, batch, device
+        half = config.training.precision == "bf16"
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
         self.network = build_network(config.network).to(device).train()
         self.judge = NLayerDiscriminator(config.adversary).to(device).train()
         perceptual = config.losses.perceptual
@@ -110,11 +110,6 @@ class Plain:
         """Begins with the weights of one of our runs."""
         self.network.load_state_dict(run.network.state_dict())
         self.judge.load_state_dict(run.rule.discriminator.state_dict())
-
-    def autocast(self):
-        """The precision that Accelerate gives `ours`."""
-        on = self.config.training.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
     def step(self):
         """One update of both networks; returns its terms, read back."""
@@ -152,8 +147,7 @@ class Plain:
         with self.autocast():
             decoded = self.network.decode(self.network.encode(images).latent_dist.sample()).sample
             real, fake = self.judge(images), self.judge(decoded.detach())
-        on_real, on_fake = torch.relu(1 - real).mean(), torch.relu(1 + fake).mean()
-        loss = 0.5 * (on_real + on_fake)
+        loss = 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
         loss.backward()
         self._move(self.judge_optimizer, self.judge)
         terms = {"d_loss": loss, "d_real": real.mean(), "d_fake": fake.mean()}
@@ -167,9 +161,7 @@ class Plain:
 
 def arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--network", choices=["tiny", "kl_f8"], default="tiny", help="that of configs/")
     add("--resolution", type=int, default=64)
@@ -272,10 +264,8 @@ def seconds(args, names, batch, device):
 
 
 def resident(field):
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most.
-
-    Not getrusage's: a child's ru_maxrss begins with its parent's.
-    """
+    """Bytes of this process: `VmRSS` now, `VmHWM` at most."""
+    # Not getrusage's: a child's ru_maxrss begins with its parent's.
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
@@ -297,8 +287,7 @@ def peak_memory(actor, device):
 def peak_in_child(name):
     """The same in a fresh process, in which nothing else has left its traces."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--measure-memory"]
-    environment = os.environ | TIDY
-    return int(subprocess.check_output(command, env=environment, text=True).split()[-1])
+    return int(subprocess.check_output(command, env=os.environ | TIDY, text=True).split()[-1])
 
 
 def ratio(values, name, other):
@@ -329,8 +318,9 @@ def machine(device):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-    name = found[1] if found else platform.processor()
-    return f"{name}, torch threads: {torch.get_num_threads()}"
+    return (
+        f"{found[1] if found else platform.processor()}, torch threads: {torch.get_num_threads()}"
+    )
 
 
 def main():
@@ -338,8 +328,7 @@ def main():
     device = default_device() if args.device == "auto" else torch.device(args.device)
     if device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     batch = photograph_batch(args)
     if args.measure_memory:
         print(peak_memory(build(args, args.only or "ours", batch, device), device))

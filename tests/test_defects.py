@@ -96,8 +96,8 @@ DEFECTS = [
     one(
         10,
         "training/trackers.py",
-        'dataformats="HWC"',
-        'dataformats="CHW"',
+        "pixels, step, dataformats",
+        "pixels // 2, step, dataformats",
         HERE + "10_the_sheet_reaches_tensorboard_as_it_was_saved",
     ),
     one(
@@ -215,8 +215,8 @@ DEFECTS = [
     one(
         0,
         STEP,
-        "poison(losses.total)",
-        "losses.total.nan_to_num()",
+        "run.optimizer.optimizer.found_inf = bad.float()",
+        "pass",
         "tests/test_step.py::test_an_update_without_numbers_moves_nothing[autoencoder]",
     ),
 ]

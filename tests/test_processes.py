@@ -48,6 +48,7 @@ def command(config, path, processes):
     words = [sys.executable]
     if processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        words += ["--signals-to-handle", "SIGTERM,SIGUSR1"]
     return [*words, "-m", "latent_ae", "train", str(path)]
 
 
@@ -113,16 +114,21 @@ def test_two_processes_equal_one_with_the_same_global_batch(alone, quiet, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_of_them(tiny, quiet, tmp_path):
+@pytest.mark.parametrize("receiver", ["a process", "the launcher"])
+def test_a_signal_to_one_process_stops_all_of_them(tiny, quiet, tmp_path, receiver):
     config = tiny(training={"steps": 100_000, "checkpoint_every": 10**6}, validation=None)
     started = subprocess.Popen(
         command(config, tmp_path / "run.yaml", 2), cwd=ROOT, env=environment(), text=True
     )
     folder = RunFolder(config.output)
     wait_for(lambda: len(folder.log_rows()) > 1, started)
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGUSR1)
-    assert started.wait(timeout=60) == 0
+    if receiver == "a process":
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGUSR1)
+        assert started.wait(timeout=60) == 0
+    else:  # which hands it on, waits for its processes, and reports the signal as its own end
+        started.send_signal(signal.SIGUSR1)
+        started.wait(timeout=60)
     stopped = folder.progress(folder.latest())
     assert stopped["step"] > 2
     assert stopped["processes"] == 2

@@ -282,6 +282,8 @@ def test_every_recipe_takes_a_step(path, photos, quiet, tmp_path):
     ]
     if recipe.data.resize:
         overrides.append("data.resize=64")
+    if recipe.adversary:  # heard in the second of the two steps
+        overrides += ["adversary.start=1", "adversary.warmup_steps=1", "adversary.channels=4"]
     if recipe.losses.perceptual:  # VGG16 would have to be fetched
         overrides.append("losses.perceptual.net=alex")
     run = train(load_config(path, overrides), quiet)
