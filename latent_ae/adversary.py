@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.grad import conv2d_weight
 
 from latent_ae.config import AdversaryConfig, DiscriminatorConfig
 from latent_ae.errors import UserError
@@ -136,7 +137,7 @@ def adaptive_weight(
     both = torch.cat([g_rec / scales[0], g_adv / scales[1]], dim=1).to(features.dtype)
     shape = (both.shape[1], features.shape[1], *kernel)
     padding = (kernel[0] // 2, kernel[1] // 2)
-    gradient = nn.grad.conv2d_weight(features, shape, both, padding=padding).float()
+    gradient = conv2d_weight(features, shape, both, padding=padding).float()  # pyright: ignore
     rec, adv = gradient.chunk(2)
     rec, adv = rec * scales[0], adv * scales[1]
     if dist.is_available() and dist.is_initialized():

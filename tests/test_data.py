@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -268,3 +270,14 @@ def test_wrong_columns_and_splits_are_named(sources):
 def test_a_hub_name_offline_is_one_sentence():
     with pytest.raises(UserError, match="the source hub at nobody/nothing cannot be opened"):
         open_source(SourceConfig(source="hub", path="nobody/nothing"))
+
+
+def test_a_stream_that_nobody_closes_does_not_keep_the_process(photos):
+    """Its workers ignore the signal with which Python's exit would end them, and wait forever."""
+    code = (
+        "from latent_ae.config import DataConfig\n"
+        "from latent_ae.data import TrainingStream\n"
+        f"stream = TrainingStream(DataConfig(path={str(photos)!r}, resolution=32, workers=2))\n"
+        "next(stream)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -189,6 +189,21 @@ def _sheet(run):
     Image.new("RGB", (8, 8)).save(run.folder.sheet(run.step))
 
 
+def test_a_validation_that_was_cut_short_is_made_up(tiny, quiet, monkeypatch):
+    """Killed after the checkpoint, before its validation: as if nothing had been validated."""
+    run = RunFolder(train(tiny(), quiet))
+    whole = run.last_validation(4)
+    progress = run.progress(run.checkpoint(4))
+    del progress["validation"]
+    (run.checkpoint(4) / "progress.json").write_text(json.dumps(progress))
+    run.log_file.write_text("")
+    train(tiny(), quiet)
+    assert run.last_validation(4) == whole
+    assert run.best("lpips") == run.checkpoint(4)
+    train(tiny(), quiet)
+    assert len(rows(run.path, "validation")) == 1  # and not once more
+
+
 def test_a_run_can_take_up_an_adversary_and_put_it_down(tiny, quiet):
     run = train(tiny(validation=None, training={"steps": 2}), quiet)
     train(tiny(validation=None, adversary=HEARD, training={"steps": 4}), quiet)

@@ -7,8 +7,10 @@ and a run resumes from one integer: how many pictures it has had.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -122,10 +124,15 @@ def _ignore_stop_signals(worker: int) -> None:
     """The run answers SIGTERM and SIGUSR1, which schedulers send to all its processes alike.
 
     A worker that died of them would take the step down that the run means to finish. Workers end
-    when their queue tells them to, or when their parent is gone.
+    when their queue tells them to (`_end_workers`), or when their parent is gone.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers(batches: Any) -> None:
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
 
 
 class TrainingStream:
@@ -183,6 +190,13 @@ class TrainingStream:
         # Pictures of one pass; None where nobody knows before the stream ends.
         self.epoch: int | None = None if config.streaming else len(source.rows)
         self._batches = iter(self._loader)
+        self._finalizer = weakref.finalize(self, _end_workers, self._batches)
+        # Before multiprocessing's own end, which would wait for workers that ignore its signal.
+        atexit.register(self._finalizer)
+
+    def close(self) -> None:
+        """Ends the loader's workers; there are no batches afterwards."""
+        self._finalizer()
 
     def __iter__(self) -> Iterator[Batch]:
         return self

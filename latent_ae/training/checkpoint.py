@@ -82,9 +82,11 @@ class Checkpoint:
             if self.accelerator.is_main_process:
                 shutil.rmtree(aside, ignore_errors=True)
             reason = error or "another process could not write its part"
+            free = shutil.disk_usage(aside.parents[1]).free / 2**20
             raise UserError(
-                f"the checkpoint {aside.with_suffix('')} could not be written: {reason}; the last "
-                "whole one is untouched, and the same command goes on from it"
+                f"the checkpoint {aside.with_suffix('')} could not be written: {reason}; its disk "
+                f"has {free:,.0f} MiB left; the last whole checkpoint is untouched, and the same "
+                "command goes on from it"
             ) from error
 
     def _whole_state(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class RunLog:
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
         self.main = run.accelerator.is_main_process
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, int]] = {}  # with how many steps had the term
         self.steps, self.first = 0, run.step
         self.waited = 0.0
         self.since = time.perf_counter()

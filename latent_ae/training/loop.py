@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -43,7 +44,9 @@ def train(config: Config, console: Console | None = None) -> Path:
         stop.connect()
         first, steps, training = run.step, config.training.steps, config.training
         show_startup(run, console)
-        with RunLog(run, console) as log:
+        with closing(run), RunLog(run, console) as log:
+            if _validation_is_missing(run):
+                _validate(run, log, console)
             while run.step < steps and not stop.agreed():
                 log.add(update(run))
                 run.step, run.images = run.step + 1, run.images + run.effective_batch
@@ -68,6 +71,13 @@ def train(config: Config, console: Console | None = None) -> Path:
 
 def _due(run: Run, every: int) -> bool:
     return run.step == run.config.training.steps or run.step % every == 0
+
+
+def _validation_is_missing(run: Run) -> bool:
+    """Whether the run was killed between the checkpoint it stands at and its validation."""
+    checkpoint = run.folder.checkpoint(run.step)
+    due = run.config.validation is not None and _due(run, run.config.training.validate_every)
+    return due and checkpoint.exists() and "validation" not in run.folder.progress(checkpoint)
 
 
 def _broken(run: Run) -> bool:

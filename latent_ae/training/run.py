@@ -50,7 +50,7 @@ class Run:
     last_input: LastInput
     guard: Guard
     sharded: bool
-    stream: TrainingStream = field(init=False)
+    stream: TrainingStream = None  # pyright: ignore  # opened where the restored run stands
     step: int = 0
     images: int = 0
     rollbacks: int = 0
@@ -107,6 +107,7 @@ class Run:
         progress: dict[str, Any] = {"step": 0, "images": 0, "rollbacks": 0, "loader": None}
         if self.folder.all_checkpoints():
             progress |= self.checkpoint().restore(self.folder.latest())
+        self.close()
         self.step, self.images = progress["step"], progress["images"]
         self.rollbacks = progress["rollbacks"]
         self.stream = TrainingStream(
@@ -118,6 +119,11 @@ class Run:
             state=progress["loader"],
         )
 
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        if self.stream is not None:
+            self.stream.close()
+
 
 class LastInput:
     """What the decoder's last convolution received, kept while `wanted`."""
@@ -125,8 +131,9 @@ class LastInput:
     def __init__(self, network: AutoencoderKL) -> None:
         self.wanted = False
         self.features: Tensor | None = None
-        self.kernel: tuple[int, int] = network.decoder.conv_out.kernel_size
-        network.decoder.conv_out.register_forward_pre_hook(self._keep)
+        last: Any = network.decoder.conv_out
+        self.kernel: tuple[int, int] = last.kernel_size
+        last.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.wanted:
@@ -184,7 +191,7 @@ def prepare(config: Config) -> Run:
         autoencoder,
         network,
         objective,
-        accelerator.prepare_optimizer(optimizer),
+        accelerator.prepare_optimizer(optimizer),  # pyright: ignore[reportArgumentType]
         adversary,
         discriminator_optimizer,
         ema,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -35,9 +35,9 @@ def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
     network = run.network
     if run.sharded:
         state = averaged_state(network, run.ema) if run.ema else network.state_dict()
-        copy = AutoencoderKL.from_config(network.config)
+        copy: Any = AutoencoderKL.from_config(network.config)
         copy.load_state_dict(whole(state))  # every process gathers
-        yield copy.to(run.accelerator.device)  # pyright: ignore
+        yield copy.to(run.accelerator.device)
         return
     if run.ema is None:
         yield network
