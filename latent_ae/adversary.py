@@ -21,7 +21,7 @@ from latent_ae.losses import (
     r1_penalty,
 )
 
-__all__ = ["Adversary", "Verdict", "adaptive_weight"]
+__all__ = ["Adversary", "Verdict", "adaptive_weight", "shape_of_discriminator"]
 
 _EPSILON = 1e-4  # LDM's, beside the length of the adversarial gradient
 
@@ -145,6 +145,23 @@ def adaptive_weight(
         dist.all_reduce(stacked)
         rec, adv = stacked / dist.get_world_size()
     return (rec.norm() / (adv.norm() + _EPSILON)).clamp(max=largest)
+
+
+def shape_of_discriminator(config: AdversaryConfig, resolution: int) -> NLayerDiscriminator:
+    """The discriminator of a config, without memory for its weights.
+
+    Raises:
+        UserError: pictures of this resolution are too small for it.
+    """
+    with torch.device("meta"):
+        discriminator = NLayerDiscriminator(config)
+    side = discriminator.smallest_side
+    if resolution < side:
+        raise UserError(
+            f"data.resolution {resolution} is too small for a discriminator of {config.layers} "
+            f"layers, which needs {side}; lower adversary.layers"
+        )
+    return discriminator
 
 
 def _never_fp16(device: str) -> AbstractContextManager[Any]:

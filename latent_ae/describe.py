@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from latent_ae.adversary import Adversary
+from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
 from latent_ae.config import AdversaryConfig, Config
 from latent_ae.memory import training_memory
@@ -22,7 +22,8 @@ def describe(config: Config, processes: int | None = None) -> dict[str, str]:
         processes: how many train; the launcher's environment says it when left out.
 
     Raises:
-        UserError: `network.path` cannot be loaded, or a resolution does not fit the network.
+        UserError: `network.path` cannot be loaded, or a resolution does not fit the network or the
+            discriminator.
     """
     if config.network.path is None:
         with torch.device("meta"):
@@ -40,8 +41,6 @@ def describe(config: Config, processes: int | None = None) -> dict[str, str]:
     parts = {"encoder": network.encoder, "decoder": network.decoder, "in all": network}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     values = channels * shape[1] * shape[2]
-    memory = training_memory(config, network, processes)
-    largest = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items())
     facts = {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         "images": f"3 × {side} × {side} in [-1, 1]",
@@ -49,18 +48,19 @@ def describe(config: Config, processes: int | None = None) -> dict[str, str]:
         "compression": f"{3 * side * side / values:g} image values a latent value",
         "loss": _loss(config) + ", per image element",
         "kl weight λ": _weight(config, values / (3 * side * side)),
-        "adversary": _adversary(config.adversary) if config.adversary else "none",
+        "adversary": _adversary(config.adversary, side) if config.adversary else "none",
         "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
         "learning rate": _rate(config, batch),
         "training": f"{training.steps:,} steps, {training.steps * batch:,} images",
-        "memory a process": f"about {_gib(memory.total)} ({largest})",
     }
-    return facts
+    memory = training_memory(config, network, processes)
+    largest = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
+    return {**facts, "memory a process": f"about {_size(memory.total)} ({largest})"}
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _rate(config: Config, batch: int) -> str:
@@ -73,9 +73,8 @@ def _rate(config: Config, batch: int) -> str:
     return text + (f"; then {training.schedule}" if training.schedule != "constant" else "")
 
 
-def _adversary(config: AdversaryConfig) -> str:
-    with torch.device("meta"):
-        judge = Adversary(config.model_copy(update={"path": None})).discriminator
+def _adversary(config: AdversaryConfig, side: int) -> str:
+    judge = shape_of_discriminator(config, side)
     count = sum(p.numel() for p in judge.parameters())
     weight = f"{config.weight:g}{' × the adaptive weight' if config.adaptive else ''}"
     learns = max(0, config.start - config.warmup_steps)

@@ -29,6 +29,7 @@ def test_dry_run_speaks_of_the_real_run_and_leaves_nothing(tiny, told, tmp_path)
     result = dry_run(config, told)
     text = told.export_text()
     assert "going on from step 2 of 3" in text  # it has resumed
+    assert "is heard from 5,000" in text  # the table is the real run's
     assert "d_accuracy" in text  # and the adversary was heard
     assert result.seconds == pytest.approx(1000 * 2 / result.images_per_second)
     assert result.peak_memory > result.checkpoint > 100_000
@@ -75,7 +76,7 @@ def test_the_startup_table_has_what_one_asks_first(tiny, told):
         "4 images, 0.7 steps",
         "0.002, 0.000333 a picture of the batch",
         "hinge, 3,085 parameters, sees 34 pixels; learns from step 1, is heard from 2",
-        "about 0.",
+        " MiB (weights and EMA ",
     ):
         assert words in text, words
 

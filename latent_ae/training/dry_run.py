@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 
 from latent_ae.config import Config
+from latent_ae.describe import describe
 from latent_ae.errors import UserError
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.loop import train
 from latent_ae.training.processes import refuse_other_run, start_accelerator
+from latent_ae.training.startup import show_facts
 
 __all__ = ["DryRun", "dry_run"]
 
@@ -54,13 +56,14 @@ def dry_run(config: Config, console: Console) -> DryRun:
     output = Path(config.output)
     folder = RunFolder(output.with_name(f".{output.name}.dry-run"))
     if accelerator.is_main_process:
+        show_facts(describe(config, accelerator.num_processes), console)
         shutil.rmtree(folder.path, ignore_errors=True)
     accelerator.wait_for_everyone()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
         for steps in (2, 3):
-            train(_short(config, folder.path, steps), console)
+            train(_short(config, folder.path, steps), console, announce=False)
         result = _measured(config, folder)
     finally:
         accelerator.wait_for_everyone()

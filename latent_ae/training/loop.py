@@ -22,7 +22,7 @@ __all__ = ["train"]
 _DOUBTFUL = 3  # updates skipped at the very end, after which the weights are not trusted
 
 
-def train(config: Config, console: Console | None = None) -> Path:
+def train(config: Config, console: Console | None = None, *, announce: bool = True) -> Path:
     """Trains an autoencoder, or goes on where the run in `config.output` stopped.
 
     SIGTERM and SIGUSR1 end it after the step that is running, with a checkpoint.
@@ -30,6 +30,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     Args:
         config: the run; the same config resumes it.
         console: where progress is shown; standard error when left out.
+        announce: whether to begin with the table of what the run is.
 
     Returns:
         The run's folder, ready for `export_run`.
@@ -42,24 +43,18 @@ def train(config: Config, console: Console | None = None) -> Path:
     with StopRequest() as stop:
         run = prepare(config)
         stop.connect()
-        first, steps, training = run.step, config.training.steps, config.training
-        show_startup(run, console)
+        first, steps = run.step, config.training.steps
+        if announce:
+            show_startup(run, console)
+        if run.step:
+            _say(run, console, f"going on from step {run.step} of {steps} in {run.folder.path}")
         with closing(run), RunLog(run, console) as log:
             if _validation_is_missing(run):
                 _validate(run, log, console)
             while run.step < steps and not stop.agreed():
                 log.add(update(run))
                 run.step, run.images = run.step + 1, run.images + run.effective_batch
-                if _due(run, training.patience) and _broken(run):
-                    _roll_back(run, log, console)
-                    continue
-                if _due(run, training.log_every):
-                    log.write()
-                run.owes_checkpoint |= _due(run, training.checkpoint_every)
-                if run.owes_checkpoint:
-                    _save(run, log, console)
-                if config.validation and _due(run, training.validate_every):
-                    _validate(run, log, console)
+                _keep_record(run, log, console)
             if first < run.step < steps:
                 _save(run, log, console)
                 how = f"stopped by {stop.name} at step {run.step} of {steps}"
@@ -67,6 +62,21 @@ def train(config: Config, console: Console | None = None) -> Path:
     if run.skipped:
         _say(run, console, f"{len(run.skipped)} unreadable pictures were skipped")
     return run.folder.path
+
+
+def _keep_record(run: Run, log: RunLog, console: Console) -> None:
+    """What is due after a step: the log, a checkpoint, a validation, or the way back."""
+    config, training = run.config, run.config.training
+    if _due(run, training.patience) and run.guard.look()[0] >= training.patience:
+        _roll_back(run, log, console)
+        return
+    if _due(run, training.log_every):
+        log.write()
+    run.owes_checkpoint |= _due(run, training.checkpoint_every)
+    if run.owes_checkpoint:
+        _save(run, log, console)
+    if config.validation and _due(run, training.validate_every):
+        _validate(run, log, console)
 
 
 def _due(run: Run, every: int) -> bool:
@@ -78,11 +88,6 @@ def _validation_is_missing(run: Run) -> bool:
     checkpoint = run.folder.checkpoint(run.step)
     due = run.config.validation is not None and _due(run, run.config.training.validate_every)
     return due and checkpoint.exists() and "validation" not in run.folder.progress(checkpoint)
-
-
-def _broken(run: Run) -> bool:
-    """Whether the last `patience` updates were all skipped."""
-    return run.guard.look()[0] >= run.config.training.patience
 
 
 def _save(run: Run, log: RunLog, console: Console) -> None:

@@ -13,11 +13,10 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from latent_ae.adversary import Adversary
+from latent_ae.adversary import Adversary, shape_of_discriminator
 from latent_ae.autoencoder import Autoencoder, require_divisible
 from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
-from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
@@ -257,11 +256,4 @@ def _check(config: Config, network: AutoencoderKL) -> None:
             require_divisible(config.validation.resolution, network, "validation.resolution")
         require_one_readable(config.validation)
     if config.adversary is not None:
-        with torch.device("meta"):
-            smallest = Adversary(config.adversary.model_copy(update={"path": None}))
-        side = smallest.discriminator.smallest_side
-        if config.data.resolution < side:
-            raise UserError(
-                f"data.resolution {config.data.resolution} is too small for a discriminator of "
-                f"{config.adversary.layers} layers, which needs {side}; lower adversary.layers"
-            )
+        shape_of_discriminator(config.adversary, config.data.resolution)

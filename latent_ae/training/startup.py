@@ -12,11 +12,11 @@ from latent_ae.describe import describe
 if TYPE_CHECKING:
     from latent_ae.training.run import Run
 
-__all__ = ["show_startup"]
+__all__ = ["show_facts", "show_startup"]
 
 
 def show_startup(run: Run, console: Console) -> None:
-    """Prints the run's facts as a table, and where a resumed run goes on; on the main process."""
+    """Prints the run's facts as a table; on the main process."""
     if not run.accelerator.is_main_process:
         return
     facts = describe(run.config, run.accelerator.num_processes)
@@ -25,10 +25,14 @@ def show_startup(run: Run, console: Console) -> None:
     if count is not None:
         steps = count / run.effective_batch
         facts["epoch"] = f"{count:,} images, {steps:,.1f} steps"
+    show_facts(facts, console)
+
+
+def show_facts(facts: dict[str, str], console: Console) -> None:
+    """Prints titles and facts as two columns."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for title, fact in facts.items():
-        table.add_row(title, fact, style=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in facts.items():
+        table.add_row(*row)
     console.print(table)
-    if run.step:
-        total = run.config.training.steps
-        console.print(f"going on from step {run.step} of {total} in {run.folder.path}")
