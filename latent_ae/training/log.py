@@ -13,18 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from latent_ae.data import Skipped
 from latent_ae.run_folder import RunFolder
+from latent_ae.training.display import Display
 from latent_ae.training.guard import Alarms
 from latent_ae.training.schedule import learning_rate
 from latent_ae.training.trackers import Trackers
@@ -42,8 +35,7 @@ _SHOWN = ("total", "l1", "l2", "charbonnier", "lpips", "kl", "logvar", "adversar
 class RunLog:
     """Averages the terms of the steps between two rows; one synchronisation with the device a row.
 
-    Only the main process writes. Where the output is no terminal, each row is a line instead of a
-    moving bar.
+    Only the main process writes.
     """
 
     def __init__(self, run: Run, console: Console) -> None:
@@ -60,23 +52,11 @@ class RunLog:
         _drop_rows_after(run.folder, run.step)
         self.file = run.folder.log_file.open("a", buffering=1)
         self.trackers = Trackers(run)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.display = Display(console, run.step, run.config.training.steps)
 
     def __enter__(self) -> RunLog:
         if self.main:
-            self.bar.start()
-            total = self.run.config.training.steps
-            self.task = self.bar.add_task("train", total=total, completed=self.run.step, losses="")
+            self.display.start()
         return self
 
     def __exit__(
@@ -86,7 +66,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         if self.main:
-            self.bar.stop()
+            self.display.stop()
             self.file.close()
             self.trackers.close()
 
@@ -100,7 +80,7 @@ class RunLog:
         for batch in update.batches:
             self.skipped(batch.skipped)
         if self.main:
-            self.bar.update(self.task, completed=self.run.step + 1)
+            self.display.advance(self.run.step + 1)
 
     def write(self) -> None:
         """Writes the row of the steps since the last one; none where there was none."""
@@ -128,10 +108,7 @@ class RunLog:
         text += f" · {speed:.1f} images/s · waits for data {wait:.0%}"
         if row["skipped_steps"]:
             text += f" · {row['skipped_steps']} updates skipped"
-        self.bar.update(self.task, losses=text)
-        if not self.console.is_terminal:
-            line = f"step {run.step}/{training.steps} · {text} · ETA {self._remaining(now)}"
-            self.console.print(line, style="dim", soft_wrap=True, highlight=False)
+        self.display.show(run.step, text, self._remaining(now))
         for sentence in self.alarms.check(row):
             self.console.print(f"step {run.step} · alarm: {sentence}", style="yellow", markup=False)
             self.file.write(json.dumps(self._head("alarm") | {"text": sentence}) + "\n")
