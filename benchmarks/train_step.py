@@ -5,12 +5,12 @@
         --lpips vgg --lpips-path vgg16.safetensors --variants contiguous checkpointing compile fp32
 
 `ours` is `latent_ae.training.step.update`: one forward pass of the autoencoder, one of the
-discriminator over pictures and reconstructions together, one backward pass through each; fused
-AdamW, EMA over all weights at once, channels_last, nothing read back from the device.
+discriminator over pictures and one over reconstructions, which serves both sides; fused AdamW, EMA
+over all weights at once, channels_last, nothing read back from the device.
 
 `plain` is the usual loop, as in diffusers' `train_autoencoderkl.py` and in LDM: a second forward
 pass of the autoencoder for the discriminator's step (with autograd, as in the former), which judges
-pictures and reconstructions apart; the adaptive weight differentiates LPIPS and the discriminator
+reconstructions anew; the adaptive weight differentiates LPIPS and the discriminator
 once more, with respect to the last layer; stock `lpips`, default AdamW, EMA weight by weight,
 contiguous memory, nine `.item()`. What is only wrong there is not repeated: LPIPS has gradients,
 and the discriminator is frozen while the autoencoder learns.
@@ -221,17 +221,16 @@ def build(args, name, batch, device):
 def compare(ours, plain, precision):
     """Takes the first step of both and stops unless the losses agree: same weights, same noise."""
     plain.load(ours.run)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    draw = torch.randn
 
-    def noise(like):
-        # diffusers draws in the encoder's own precision, and in the order of contiguous memory.
-        return torch.randn(like.shape, device=like.device, dtype=dtype).to(like.dtype)
+    def noise(*shape, dtype=torch.float32, **options):
+        return draw(*shape, **options).to(dtype)  # bf16 has random numbers of its own
 
-    torch.manual_seed(0)
-    with patch("torch.randn_like", noise):
+    with patch("torch.randn", noise):  # diffusers draws in the encoder's precision, we in fp32
+        torch.manual_seed(0)
         mine = ours.step()
-    torch.manual_seed(0)
-    theirs = plain.step()
+        torch.manual_seed(0)
+        theirs = plain.step()
     print("First step, from the same weights and noise:\n\n| | ours | plain | apart |\n|-|-|-|-|")
     agree = True
     for name in COMPARED:

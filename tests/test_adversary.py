@@ -69,17 +69,15 @@ def test_a_verdict_sees_what_the_config_says(layers):
 
 def test_verdicts_of_group_norm_do_not_depend_on_the_batch(images):
     discriminator = build().discriminator
-    real, fake = discriminator.judge(images, images.flip(0))
-    torch.testing.assert_close(real, torch.cat([discriminator(x[None]) for x in images]))
-    torch.testing.assert_close(fake, real.flip(0))
+    alone = torch.cat([discriminator(x[None]) for x in images])
+    torch.testing.assert_close(discriminator(images), alone)
 
 
 def test_batch_norm_keeps_pictures_and_reconstructions_apart(images):
     """One pass over both would let the statistics tell which is which."""
-    discriminator = build(norm="batch").discriminator
-    real, _ = discriminator.judge(images, torch.randn_like(images))
-    other, _ = discriminator.judge(images, torch.zeros_like(images))
-    assert torch.equal(real, other)
+    adversary = build(norm="batch")
+    verdicts = [adversary(images, fake, 0).terms["d_real"] for fake in (images + 1, images * 0)]
+    assert torch.equal(*verdicts)
 
 
 def test_spectral_norm_bounds_every_layer():
@@ -117,7 +115,7 @@ def test_lecam_follows_the_verdicts_and_pulls_them_to_the_other_average(images):
     adversary = build(lecam=0.1, lecam_decay=0.9)
     fake = images.flip(-1)
     verdict = adversary(images, fake, 1)
-    on_real, on_fake = adversary.discriminator.judge(images, fake)
+    on_real, on_fake = adversary.discriminator(images), adversary.discriminator(fake)
     assert adversary.average_real.item() == pytest.approx(0.1 * on_real.mean().item(), rel=1e-5)
     assert adversary.average_fake.item() == pytest.approx(0.1 * on_fake.mean().item(), rel=1e-5)
     a, b = adversary.average_real.double(), adversary.average_fake.double()

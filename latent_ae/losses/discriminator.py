@@ -93,13 +93,6 @@ class NLayerDiscriminator(nn.Module):
         """
         return self.main(images).float()
 
-    def judge(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The verdicts on both: in one pass, except where the statistics of a batch are shared."""
-        if self.config.norm == "batch":
-            return self(real), self(fake)
-        verdicts = self(torch.cat([real, fake]))
-        return verdicts[: len(real)], verdicts[len(real) :]
-
     @property
     def smallest_side(self) -> int:
         """The smallest picture, in pixels, for which there is a verdict."""
