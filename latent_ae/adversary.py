@@ -102,7 +102,9 @@ class Adversary(nn.Module):
             dist.all_reduce(now)
             now = now / dist.get_world_size()
         for average, value in zip((self.average_real, self.average_fake), now, strict=True):
-            average.lerp_(value, 1 - self.config.lecam_decay)
+            # A batch that was no number must not be remembered: its update is skipped.
+            moved = average.lerp(value, 1 - self.config.lecam_decay)
+            average.copy_(torch.where(value.isfinite(), moved, average))
 
     def learns(self, step: int) -> bool:
         """Whether the discriminator is trained at a step; before that, nothing of it runs."""
@@ -176,7 +178,7 @@ def _never_fp16(device: str) -> AbstractContextManager[Any]:
 def _build(config: AdversaryConfig) -> NLayerDiscriminator:
     if config.path is None:
         return NLayerDiscriminator(config)
-    discriminator = load_discriminator(config.path)
+    discriminator = load_discriminator(config.path, config)
     for name in DiscriminatorConfig.model_fields:
         given, wanted = getattr(discriminator.config, name), getattr(config, name)
         if given != wanted:

@@ -95,7 +95,8 @@ def train(
             _print_dry_run(result)
         return
     folder = RunFolder(training.train(settings, console))
-    if main and folder.progress(folder.latest())["step"] >= settings.training.steps:
+    kept = folder.all_checkpoints()
+    if main and kept and folder.progress(kept[-1])["step"] >= settings.training.steps:
         console.print(f"done; next: latent-ae export {folder.path} OUT", markup=False)
 
 
@@ -314,4 +315,15 @@ def main() -> None:
     except (UserError, OSError) as error:  # OSError: no permission, no space, a file for a folder
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception as error:
+        # Not by its class: the verbs that need no torch must not import it.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "error: the GPU's memory is too small for this; lower data.batch_size (and raise "
+            "training.accumulation), or set training.gradient_checkpointing=true: "
+            f"{str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None

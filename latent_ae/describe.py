@@ -48,7 +48,7 @@ def describe(config: Config, processes: int | None = None) -> dict[str, str]:
         "compression": f"{3 * side * side / values:g} image values a latent value",
         "loss": _loss(config) + ", per image element",
         "kl weight λ": _weight(config, values / (3 * side * side)),
-        "adversary": _adversary(config.adversary, side) if config.adversary else "none",
+        "adversary": _adversary(config.adversary, config) if config.adversary else "none",
         "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
         "learning rate": _rate(config, batch),
@@ -73,8 +73,8 @@ def _rate(config: Config, batch: int) -> str:
     return text + (f"; then {training.schedule}" if training.schedule != "constant" else "")
 
 
-def _adversary(config: AdversaryConfig, side: int) -> str:
-    judge = shape_of_discriminator(config, side)
+def _adversary(config: AdversaryConfig, run: Config) -> str:
+    judge = shape_of_discriminator(config, run.data.resolution)
     count = sum(p.numel() for p in judge.parameters())
     weight = f"{config.weight:g}{' × the adaptive weight' if config.adaptive else ''}"
     learns = max(0, config.start - config.warmup_steps)

@@ -97,7 +97,7 @@ def count_saved_bytes(
         reconstruction = model(images)
         forward, peak = dict(held), 0
         if judge is not None:
-            judge(images, reconstruction.images.detach().requires_grad_(), 1)
+            judge(images, reconstruction.images.detach().requires_grad_(), 0)
             peak = sum(held.values())
             held.clear()
             held.update(forward)

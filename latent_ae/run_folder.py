@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,25 @@ from latent_ae.config import Config
 from latent_ae.config_file import load_config
 from latent_ae.errors import UserError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "write_whole"]
+
+
+def write_whole(path: Path, text: str, check: Callable[[Path], Any] | None = None) -> None:
+    """Replaces a file by one that the disk holds whole, so that a power cut leaves either.
+
+    Args:
+        path: the file.
+        text: its new content.
+        check: reads the new file before it takes the place, and raises if it must not.
+    """
+    aside = path.with_suffix(".tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    if check is not None:
+        check(aside)
+    aside.replace(path)
 
 
 class RunFolder:
@@ -60,14 +80,18 @@ class RunFolder:
 
     def best(self, metric: str) -> Path | None:
         """The checkpoint with the best validation (`lpips` low, others high), if any has one."""
-        scored = [
-            (metrics[metric], path)
+        scores = {
+            path: metrics[metric]
             for path in self.all_checkpoints()
             if (metrics := self.progress(path).get("validation"))
-        ]
-        if not scored:
-            return None
-        return (min if metric == "lpips" else max)(scored)[1]
+        }
+        choose = min if metric == "lpips" else max
+        return choose(scores, key=lambda path: scores[path]) if scores else None
+
+    def best_score(self, metric: str) -> float | None:
+        """That checkpoint's value of the metric."""
+        best = self.best(metric)
+        return self.progress(best)["validation"][metric] if best else None
 
     def chosen(self, which: str) -> Path:
         """The checkpoint that a person means by `last`, `best` or a step's number.
@@ -94,9 +118,7 @@ class RunFolder:
     def note_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes metrics into a checkpoint, whole or not at all."""
         file = self.checkpoint(step) / "progress.json"
-        aside = file.with_suffix(".tmp")
-        aside.write_text(json.dumps({**self.progress(file.parent), "validation": metrics}))
-        aside.replace(file)
+        write_whole(file, json.dumps({**self.progress(file.parent), "validation": metrics}))
 
     def prune(self, keep: int, best_by: str) -> None:
         """Removes all checkpoints but the newest `keep` and the best."""
@@ -105,12 +127,12 @@ class RunFolder:
             if path != best:
                 # Killed half-way through, a folder of that name must not pass for a checkpoint.
                 path = path.rename(path.with_name(path.name + ".removed.tmp"))
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # `sweep` will try again
 
     def sweep(self) -> None:
         """Removes what a kill left half-written or half-removed."""
         for path in self.checkpoints.glob("*.tmp"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
     def config(self) -> Config:
         """The run's resolved config."""

@@ -18,6 +18,7 @@ from accelerate.utils import LoggerType
 from conftest import NAMES, photograph, photograph_tensor
 from diffusers import AutoencoderKL
 from PIL import Image
+from rich.console import Console
 from test_guard import HEARD
 from test_training import rows, weights
 from torch import nn
@@ -28,7 +29,7 @@ from latent_ae.config_file import load_config
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.losses import NLayerDiscriminator
 from latent_ae.run_folder import RunFolder
-from latent_ae.training import loop, step
+from latent_ae.training import loop, record, step
 from latent_ae.training.run import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,15 +60,8 @@ def test_defect_02_training_enters_by_the_wrapped_forward(tiny):
         wrapper.module = part
         wrapper.forward = lambda *args, part=part, name=name: (entered.append(name), part(*args))[1]
         setattr(run, name, wrapper)
-    type(run).rule = property(lambda self: self.adversary.module)
-    try:
-        step._accumulate(run, normalize(next(run.stream).images))
-    finally:
-        type(run).rule = RULE
+    step._accumulate(run, normalize(next(run.stream).images))
     assert entered == ["autoencoder", "adversary", "objective"]
-
-
-RULE = step.Run.rule
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -156,6 +150,19 @@ def test_defect_08_trackers_get_a_config_they_can_take(tiny, quiet, monkeypatch)
     (sheet,) = [values["validation/sheet"] for _, values in logged if "validation/sheet" in values]
     assert sheet.dtype == np.uint8
     assert sheet.ndim == 4
+
+
+def test_a_tracker_that_fails_is_left_out(tiny, monkeypatch):
+    class Failing(_Strict):
+        def log(self, values, step=None, **options):
+            raise ConnectionError("no route")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Failing)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    console = Console(record=True, width=200, file=io.StringIO())
+    run = train(tiny(training={"trackers": ["wandb"]}, validation=None), console)
+    assert weights(run, 4)
+    assert console.export_text().count("has failed and is left out from here: no route") == 1
 
 
 def test_a_tracker_that_is_not_installed_is_told(tiny, quiet):
@@ -267,8 +274,8 @@ def test_defect_18_validation_is_fp32_and_its_pictures_are_eight_bits(tiny, quie
         monkeypatch.setattr(nn.Conv2d, "forward", convolve)
         return result
 
-    validate = loop.validate
-    monkeypatch.setattr(loop, "validate", measured)
+    validate = record.validate
+    monkeypatch.setattr(record, "validate", measured)
     run = RunFolder(train(tiny(training={"precision": "bf16"}), quiet))
     assert set(seen) == {torch.float32}
     # The sheet's first column is the pictures themselves, where [-1, 1] would be nearly black.

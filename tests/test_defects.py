@@ -75,7 +75,7 @@ DEFECTS = [
     one(
         7,
         CHECKPOINT,
-        'judge.load_state_dict(state["discriminator_optimizer"])',
+        '_load_moments(judge, state["discriminator_optimizer"])',
         "pass",
         "tests/test_guard.py::test_a_signal_in_a_step_lets_it_finish_and_the_end_is_the_same",
     ),
@@ -88,9 +88,9 @@ DEFECTS = [
     ),
     one(
         9,
-        "training/loop.py",
-        "if config.validation and _due",
-        "if _due",
+        "training/record.py",
+        "if run.config.validation and self._due",
+        "if self._due",
         HERE + "09_no_validation_is_no_error",
     ),
     one(
@@ -110,8 +110,8 @@ DEFECTS = [
     one(
         13,
         STEP,
-        "if judge is not None and rule is not None and rule.learns(run.step):",
-        "if judge is not None and run.step % 2:",
+        "run.discriminator_optimizer if rule and rule.learns(run.step) else None",
+        "run.discriminator_optimizer if rule and run.step % 2 else None",
         HERE + "13_both_networks_step_on_every_batch",
     ),
     one(
@@ -215,7 +215,7 @@ DEFECTS = [
     one(
         0,
         STEP,
-        "run.optimizer.optimizer.found_inf = bad.float()",
+        "run.optimizer.optimizer.found_inf = skip",
         "pass",
         "tests/test_step.py::test_an_update_without_numbers_moves_nothing[autoencoder]",
     ),

@@ -28,7 +28,7 @@ def test_dry_run_speaks_of_the_real_run_and_leaves_nothing(tiny, told, tmp_path)
     config = tiny(adversary=HEARD | {"start": 5000}, training={"steps": 1000})
     result = dry_run(config, told)
     text = told.export_text()
-    assert "going on from step 2 of 3" in text  # it has resumed
+    assert "going on from step 2 of 4" in text  # it has resumed
     assert "is heard from 5,000" in text  # the table is the real run's
     assert "d_accuracy" in text  # and the adversary was heard
     assert result.seconds == pytest.approx(1000 * 2 / result.images_per_second)

@@ -16,7 +16,7 @@ from latent_ae import UserError, train
 from latent_ae.config import AdversaryConfig
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
-from latent_ae.training import checkpoint, loop
+from latent_ae.training import checkpoint, loop, record
 from latent_ae.training.guard import Alarms, poison
 
 HEARD = {"start": 2, "warmup_steps": 1, "channels": 4, "layers": 2, "lecam": 0.1}
@@ -142,7 +142,8 @@ def test_a_signal_in_a_step_lets_it_finish_and_the_end_is_the_same(tiny, told, m
     before = signal.getsignal(signal.SIGUSR1)
     train(config, told)
     assert signal.getsignal(signal.SIGUSR1) == before
-    assert "stopped by SIGUSR1 at step 3 of 6; the same command goes on" in told.export_text()
+    text = told.export_text()
+    assert "stopped by SIGUSR1 at step 3 of 6; the same command goes on from step-000000003" in text
     folder = RunFolder(config.output)
     assert folder.latest().name == "step-000000003"
     monkeypatch.setattr(loop, "update", update)
@@ -171,7 +172,7 @@ def test_the_best_checkpoint_stays(tiny, quiet, monkeypatch):
         _sheet(run)
         return {"psnr": 20.0, "ssim": 0.5, "lpips": scores[run.step]}
 
-    monkeypatch.setattr(loop, "validate", measured)
+    monkeypatch.setattr(record, "validate", measured)
     # Steps 2 and 3 are no multiples of checkpoint_every: the best is saved where it is found.
     training = {"steps": 6, "validate_every": 1, "checkpoint_every": 4, "keep_checkpoints": 1}
     run = RunFolder(train(tiny(training=training), quiet))
@@ -204,6 +205,52 @@ def test_a_validation_that_was_cut_short_is_made_up(tiny, quiet, monkeypatch):
     assert len(rows(run.path, "validation")) == 1  # and not once more
 
 
+def test_optimizer_options_may_change_between_two_starts(tiny, quiet):
+    run = train(tiny(validation=None, adversary=HEARD), quiet)
+    changed = {"steps": 5, "betas": [0.5, 0.8], "weight_decay": 0.1}
+    adversary = HEARD | {"betas": [0.1, 0.2]}
+    train(tiny(validation=None, adversary=adversary, training=changed), quiet)
+    state = torch.load(RunFolder(run).checkpoint(5) / "optimizer.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.8), 0.1)
+    assert state["discriminator_optimizer"]["param_groups"][0]["betas"] == (0.1, 0.2)
+    assert state["optimizer"]["state"][0]["step"] == 5  # the moments went on
+
+
+def test_another_rate_begins_anew_with_its_returns(tiny, quiet, monkeypatch):
+    spoil_losses(monkeypatch, lambda call: 5 <= call < 9)
+    training = {"steps": 6, "patience": 2, "checkpoint_every": 2}
+    run = RunFolder(train(tiny(validation=None, training=training), quiet))
+    assert run.progress(run.latest())["rollbacks"] == 2
+    train(tiny(validation=None, training=training | {"steps": 8}), quiet)
+    assert run.progress(run.latest())["rollbacks"] == 2
+    train(tiny(validation=None, training=training | {"steps": 9, "learning_rate": 1e-3}), quiet)
+    assert run.progress(run.latest())["rollbacks"] == 0
+
+
+def test_a_damaged_file_is_told_with_the_way_out(tiny, quiet):
+    run = RunFolder(train(tiny(validation=None), quiet))
+    (run.checkpoint(4) / "ema.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"step-000000004 cannot be restored: .* remove the folder"):
+        train(tiny(validation=None, training={"steps": 6}), quiet)
+
+
+def test_a_stop_after_a_skipped_update_still_saves(tiny, told, monkeypatch):
+    spoil_losses(monkeypatch, lambda call: call == 3)
+    update = loop.update
+
+    def signalled(run):
+        result = update(run)
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(loop, "update", signalled)
+    run = train(tiny(validation=None, training={"steps": 9, "checkpoint_every": 100}), told)
+    assert "the same command goes on from step-000000003" in told.export_text()
+    assert RunFolder(run).latest().name == "step-000000003"
+
+
 def test_a_run_can_take_up_an_adversary_and_put_it_down(tiny, quiet):
     run = train(tiny(validation=None, training={"steps": 2}), quiet)
     train(tiny(validation=None, adversary=HEARD, training={"steps": 4}), quiet)
@@ -223,23 +270,25 @@ def test_a_run_can_take_up_an_adversary_and_put_it_down(tiny, quiet):
 
 
 def test_alarms_come_once_after_three_rows_and_again_after_a_good_one():
-    alarms = Alarms(AdversaryConfig(adaptive_max=1e4))
+    alarms = Alarms(AdversaryConfig(adaptive_max=1e4, start=5))
     bad = {"d_accuracy": 0.99, "adaptive_weight": 1e4}
-    told = [len(alarms.check(bad)) for _ in range(5)]
+    # While it learns alone it may be as right as it likes.
+    assert [alarms.check(bad, 5) for _ in range(5)] == [[]] * 5
+    told = [len(alarms.check(bad, 10)) for _ in range(5)]
     assert told == [0, 0, 2, 0, 0]
-    assert alarms.check({"d_accuracy": 0.8, "adaptive_weight": 300.0}) == []
-    assert [len(alarms.check(bad)) for _ in range(3)] == [0, 0, 2]
-    low = Alarms(AdversaryConfig())
-    sentences = [low.check({"d_accuracy": 0.2, "adaptive_weight": 1e-3}) for _ in range(3)][-1]
+    assert alarms.check({"d_accuracy": 0.8, "adaptive_weight": 300.0}, 10) == []
+    assert [len(alarms.check(bad, 10)) for _ in range(3)] == [0, 0, 2]
+    low = Alarms(AdversaryConfig(start=5))
+    sentences = [low.check({"d_accuracy": 0.2, "adaptive_weight": 1e-3}, 9) for _ in range(3)][-1]
     assert "worse than guessing" in sentences[0]
     assert "far steeper" in sentences[1]
-    assert Alarms(None).check(bad) == []
+    assert Alarms(None).check(bad, 10) == []
 
 
 def test_alarms_reach_the_log_and_the_person(tiny, told):
     adversary = HEARD | {"start": 0, "warmup_steps": 0, "adaptive_max": 1e-6, "weight": 1e-6}
     run = train(
-        tiny(adversary=adversary, validation=None, training={"log_every": 1, "steps": 3}), told
+        tiny(adversary=adversary, validation=None, training={"log_every": 1, "steps": 4}), told
     )
     assert "stands at its maximum" in told.export_text()
     assert "stands at its maximum" in json.dumps(rows(run, "alarm"))

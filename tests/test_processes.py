@@ -78,7 +78,7 @@ def alone(photos, tmp_path_factory, quiet):
         content |= {"adversary": HEARD, "bottleneck": {"weight": 0}}
         content["losses"]["variance"] = "learned"
         content["data"]["batch_size"] = batch_size
-        content["training"] |= {"learning_rate": 5e-4, "ema": 0.5, **training}
+        content["training"] |= {"learning_rate": 5e-4, "ema": 0.5, "accumulation": 2, **training}
         content["validation"]["images"] = 2
         return parse_config(content)
 
@@ -106,7 +106,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(alone, quiet, tmp_pa
     metrics = [RunFolder(run).last_validation(4) for run in (one, two)]
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-3)
     progress = folder.progress(folder.checkpoint(4))
-    assert (progress["images"], progress["processes"]) == (16, 2)
+    assert (progress["images"], progress["processes"]) == (32, 2)
     assert [row["step"] for row in folder.log_rows() if row["group"] == "train"] == [2, 4]
     # A sharded run's checkpoint is like any other: it goes on alone.
     train(build("two", 4, steps=6).model_copy(update={"output": config.output}), quiet)

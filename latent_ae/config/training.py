@@ -34,7 +34,7 @@ class TrainingConfig(Section):
     accumulation: PositiveInt = 1
     """Micro-steps an update."""
     clip_norm: NonNegativeFloat = 1.0
-    """Largest gradient norm (after unscaling); 0 for none."""
+    """Largest gradient norm (after unscaling), of each of both networks; 0 for none."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the averaged weights that are validated and exported; 0 for none."""
     channels_last: bool = True

@@ -29,22 +29,28 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x of shape (B, C, H, W) over B, H, W and the processes."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if world == 1 or not self.training:
+        if not self.training:
             return super().forward(x)
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         mean = _over_processes(x.float().mean((0, 2, 3))) / world
         centred = x.float() - mean[:, None, None]
         variance = _over_processes(centred.square().mean((0, 2, 3))) / world
         with torch.no_grad():
             count = world * x.numel() / x.shape[1]
-            self.running_mean.lerp_(mean, self.momentum)  # pyright: ignore
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # pyright: ignore
+            # What is no number belongs to an update that is skipped, and is not remembered.
+            finite = mean.isfinite() & variance.isfinite()
+            share = finite * self.momentum  # pyright: ignore[reportOperatorIssue]
+            unbiased = variance * count / (count - 1)
+            self.running_mean.lerp_(torch.where(finite, mean, 0), share)  # pyright: ignore
+            self.running_var.lerp_(torch.where(finite, unbiased, 0), share)  # pyright: ignore
             self.num_batches_tracked += 1  # pyright: ignore[reportOperatorIssue]
         gain = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * gain[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def _over_processes(values: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
     from torch.distributed.nn.functional import all_reduce  # differentiable
 
     return all_reduce(values)
@@ -129,8 +135,14 @@ def save_discriminator(discriminator: NLayerDiscriminator, path: Path) -> None:
     save_file(state, path, {_METADATA: layout})
 
 
-def load_discriminator(path: str | Path) -> NLayerDiscriminator:
-    """Reads what `save_discriminator` wrote.
+def load_discriminator(
+    path: str | Path, layout: DiscriminatorConfig | None = None
+) -> NLayerDiscriminator:
+    """Reads what `save_discriminator` wrote, or LDM's `loss.discriminator.main.*`.
+
+    Args:
+        path: a safetensors file.
+        layout: of a file that does not tell its own, as LDM's does not.
 
     Raises:
         UserError: there is no such file, or it is of another kind.
@@ -139,12 +151,16 @@ def load_discriminator(path: str | Path) -> NLayerDiscriminator:
         raise UserError(f"there is no discriminator at {path}")
     try:
         with safe_open(path, "pt") as file:
-            layout = json.loads((file.metadata() or {})[_METADATA])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        discriminator = NLayerDiscriminator(DiscriminatorConfig(**layout))
+            told = (file.metadata() or {}).get(_METADATA)
+            names = [name for name in file.keys() if "main." in name]  # noqa: SIM118
+            state = {name[name.index("main.") :]: file.get_tensor(name) for name in names}
+        if told is not None:
+            layout = DiscriminatorConfig(**json.loads(told))
+        discriminator = NLayerDiscriminator(layout or DiscriminatorConfig())
         discriminator.load_state_dict(state)
     except Exception as error:  # safetensors', json's, pydantic's and torch's
-        raise UserError(f"{path} holds no discriminator of latent_ae: {error!r}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds no such discriminator: {reason}") from error
     return discriminator
 
 

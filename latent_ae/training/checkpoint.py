@@ -22,6 +22,7 @@ from latent_ae.autoencoder import WEIGHTS_FILE
 from latent_ae.errors import UserError
 from latent_ae.losses import save_discriminator
 from latent_ae.run_folder import RunFolder
+from latent_ae.training.processes import from_main
 from latent_ae.training.sharding import fill_, like_parameters, whole
 
 __all__ = ["Checkpoint"]
@@ -59,7 +60,7 @@ class Checkpoint:
             UserError: it cannot be written, on whichever process; the earlier ones are untouched.
         """
         path = folder.checkpoint(progress["step"])
-        if path.exists():
+        if from_main(path.exists):
             return
         aside, error = path.with_name(path.name + ".tmp"), None
         state = self._whole_state()
@@ -98,7 +99,7 @@ class Checkpoint:
             "objective": {name: parameter.detach() for name, parameter in trained.items()},
             "optimizer": self.optimizer.state_dict(),
         }
-        return whole(state)
+        return whole(state, keep=self.accelerator.is_main_process)
 
     def _write(
         self, aside: Path, state: dict[str, Any], progress: dict[str, Any], loader: Any
@@ -140,15 +141,19 @@ class Checkpoint:
         """
         try:
             return self._restore(path)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"the checkpoint {path} cannot be restored: {error}") from error
+        except Exception as error:  # the file system's, safetensors', pickle's and torch's kinds
+            raise UserError(
+                f"the checkpoint {path} cannot be restored: {error}; if it is damaged, remove the "
+                "folder and the run goes on from the one before"
+            ) from error
 
     def _restore(self, path: Path) -> dict[str, Any]:
         progress = json.loads((path / "progress.json").read_text())
         _fill_all(self.network.state_dict(), load_file(path / "network" / WEIGHTS_FILE))
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.optimizer.load_state_dict(like_parameters(state["optimizer"], parameters))
+        moments = like_parameters(state["optimizer"], parameters)
+        _load_moments(self.optimizer, moments)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -173,7 +178,13 @@ class Checkpoint:
             return
         _fill_all(self.adversary.discriminator.state_dict(), load_file(file))
         self.adversary.load_state_dict(state["adversary"], strict=False)
-        judge.load_state_dict(state["discriminator_optimizer"])
+        _load_moments(judge, state["discriminator_optimizer"])
+
+
+def _load_moments(optimizer: Any, state: dict[str, Any]) -> None:
+    """An optimizer's state without its options: those are the config's of today."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def averaged_state(network: nn.Module, ema: EMAModel) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import shutil
 import sys
@@ -16,7 +17,7 @@ from latent_ae.describe import describe
 from latent_ae.errors import UserError
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.loop import train
-from latent_ae.training.processes import refuse_other_run, start_accelerator
+from latent_ae.training.processes import from_main, refuse_other_run, start_accelerator
 from latent_ae.training.startup import show_facts
 
 __all__ = ["DryRun", "dry_run"]
@@ -27,7 +28,7 @@ class DryRun:
     """What a run will take.
 
     Attributes:
-        images_per_second: of all processes, in the third step.
+        images_per_second: of all processes, in the last step, when everything has settled.
         seconds: that the whole training would take at this speed, without validations.
         peak_memory: of this process, in bytes; on a GPU what torch allocated there.
         checkpoint: size of one, in bytes.
@@ -42,7 +43,7 @@ class DryRun:
 
 
 def dry_run(config: Config, console: Console) -> DryRun:
-    """Does two steps, a validation, a save, a resume and a step more, beside `config.output`.
+    """Does two steps, a validation, a save, a resume and two steps more, beside `config.output`.
 
     Everything runs as it will: both optimizers, the adversary with its voice, all processes. The
     folder it does this in is removed again; `config.output` is not touched.
@@ -52,7 +53,7 @@ def dry_run(config: Config, console: Console) -> DryRun:
             disk is too small for the checkpoints that are to stay.
     """
     refuse_other_run(RunFolder(config.output), config)
-    accelerator = start_accelerator(config.training)
+    accelerator = start_accelerator(config)
     output = Path(config.output)
     folder = RunFolder(output.with_name(f".{output.name}.dry-run"))
     if accelerator.is_main_process:
@@ -62,11 +63,15 @@ def dry_run(config: Config, console: Console) -> DryRun:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        for steps in (2, 3):
+        for steps in (2, 4):
             train(_short(config, folder.path, steps), console, announce=False)
-        result = _measured(config, folder)
-    finally:
+            if from_main(lambda: folder.progress(folder.latest())["step"]) < steps:
+                raise UserError("the dry run was stopped by a signal")
+            gc.collect()  # Accelerate leaves cycles, which would hold the first run's memory
+            torch.cuda.empty_cache()
+        result = from_main(lambda: _measured(config, folder))
         accelerator.wait_for_everyone()
+    finally:  # no waiting here: where one process has failed the others never come
         if accelerator.is_main_process:
             shutil.rmtree(folder.path, ignore_errors=True)
     wanted = result.checkpoint * (config.training.keep_checkpoints + 2)
@@ -80,13 +85,14 @@ def dry_run(config: Config, console: Console) -> DryRun:
 
 
 def _short(config: Config, folder: Path, steps: int) -> Config:
-    """The same run, three steps long, its adversary heard from the second one on."""
+    """The same run, a few steps long, its adversary heard from the second one on."""
     training = config.training.model_copy(
         update={
             "steps": steps,
             "log_every": 1,
             "checkpoint_every": 2,
             "validate_every": 2,
+            "keep_checkpoints": 2,
             "trackers": (),
         }
     )
@@ -102,9 +108,8 @@ def _short(config: Config, folder: Path, steps: int) -> Config:
 
 def _measured(config: Config, folder: RunFolder) -> DryRun:
     last = [row for row in folder.log_rows() if row["group"] == "train"][-1]
-    # "step-000000003" is the folder's newest; all of its files, whoever wrote them.
     size = sum(file.stat().st_size for file in folder.latest().rglob("*") if file.is_file())
-    images = config.training.steps * folder.progress(folder.latest())["images"] / 3
+    images = config.training.steps * folder.progress(folder.latest())["images"] / 4
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:  # kilobytes, except on macOS

@@ -48,6 +48,10 @@ class Guard:
         in_a_row, skipped = torch.stack([self._in_a_row, self._all]).tolist()
         return in_a_row, skipped
 
+    def begin(self, skipped: int) -> None:
+        """Goes on with a count of all skips."""
+        self._all = torch.full_like(self._all, skipped)
+
     def forgive(self) -> None:
         """Begins a new row of skips, after a rollback."""
         self._in_a_row = torch.zeros_like(self._in_a_row)
@@ -60,14 +64,15 @@ class Alarms:
         self.config = config
         self._rows: dict[str, int] = {}
 
-    def check(self, row: dict[str, float]) -> list[str]:
-        """The alarms that a row of the log gives.
+    def check(self, row: dict[str, float], step: int) -> list[str]:
+        """The alarms that a row of the log gives; none before the adversary is heard.
 
         Args:
+            step: of the row.
             row: means of the terms since the last row; `d_accuracy` in [0, 1], `adaptive_weight` in
                 LDM's units.
         """
-        if self.config is None:
+        if self.config is None or step <= self.config.start:
             return []
         accuracy, weight = row.get("d_accuracy"), row.get("adaptive_weight")
         sentences = []

@@ -51,7 +51,7 @@ class RunLog:
             return
         _drop_rows_after(run.folder, run.step)
         self.file = run.folder.log_file.open("a", buffering=1)
-        self.trackers = Trackers(run)
+        self.trackers = Trackers(run, console)
         self.display = Display(console, run.step, run.config.training.steps)
 
     def __enter__(self) -> RunLog:
@@ -88,7 +88,7 @@ class RunLog:
             return
         run, training = self.run, self.run.config.training
         means = torch.stack([total.float() / count for total, count in self.sums.values()])
-        # The only point where the host waits for the device.
+        # Here the host waits for the device, and not between rows (but for the guard's looks).
         means = run.accelerator.reduce(means, reduction="mean").tolist()  # pyright: ignore
         row = dict(zip(self.sums, means, strict=True))
         now = time.perf_counter()
@@ -109,7 +109,7 @@ class RunLog:
         if row["skipped_steps"]:
             text += f" · {row['skipped_steps']} updates skipped"
         self.display.show(run.step, text, self._remaining(now))
-        for sentence in self.alarms.check(row):
+        for sentence in self.alarms.check(row, run.step):
             self.console.print(f"step {run.step} · alarm: {sentence}", style="yellow", markup=False)
             self.file.write(json.dumps(self._head("alarm") | {"text": sentence}) + "\n")
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
-from latent_ae.config import Config, DiscriminatorConfig, TrainingConfig
+from latent_ae.config import Config, DiscriminatorConfig
 from latent_ae.config_file import dump_yaml, load_config
 from latent_ae.errors import UserError
-from latent_ae.run_folder import RunFolder
+from latent_ae.run_folder import RunFolder, write_whole
 
-__all__ = ["claim_folder", "refuse_other_run", "start_accelerator"]
+__all__ = ["claim_folder", "from_main", "refuse_other_run", "start_accelerator"]
 
+T = TypeVar("T")
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
 _FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
@@ -25,12 +31,13 @@ _FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
 _FIXED_IF_BOTH = tuple(f"adversary.{name}" for name in DiscriminatorConfig.model_fields)
 
 
-def start_accelerator(training: TrainingConfig) -> Accelerator:
+def start_accelerator(config: Config) -> Accelerator:
     """Accelerate's object for a run.
 
     Raises:
         UserError: the precision or a tracker is not to be had here.
     """
+    training = config.training
     # Training decides the number of micro-steps, not the launcher's environment.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     # A process that trains twice may do so in another precision; Accelerate keeps the first one's.
@@ -44,6 +51,7 @@ def start_accelerator(training: TrainingConfig) -> Accelerator:
             mixed_precision=_PRECISIONS[training.precision],
             gradient_accumulation_steps=training.accumulation,
             log_with=list(training.trackers) or None,
+            project_dir=config.output,
             kwargs_handlers=[
                 # The others wait while the main process validates; half an hour is no hang.
                 InitProcessGroupKwargs(timeout=timedelta(hours=2)),
@@ -51,11 +59,17 @@ def start_accelerator(training: TrainingConfig) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise UserError(f"training.precision {training.precision}: {error}") from error
+        raise UserError(f"training: Accelerate refuses this config: {error}") from error
     if training.precision == "fp16" and accelerator.scaler is None:
         # Accelerate would train on, without the scaling that keeps small gradients from vanishing.
         raise UserError("training.precision fp16 needs a GPU; take bf16 or fp32 on this machine")
     return accelerator
+
+
+def from_main(look: Callable[[], T]) -> T:
+    """What the main process sees, on every process; a collective."""
+    found = [look() if PartialState().is_main_process else None]
+    return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
 
 def refuse_other_run(folder: RunFolder, config: Config) -> None:
@@ -85,10 +99,9 @@ def claim_folder(folder: RunFolder, config: Config, accelerator: Accelerator) ->
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.sweep()
         head = "# Resolved by latent_ae; resume with the command that began this run.\n"
-        aside = folder.config_file.with_suffix(".tmp")
-        aside.write_text(head + dump_yaml(config))
-        load_config(aside)  # what cannot be read back must not replace what can
-        aside.replace(folder.config_file)
+        text = head + dump_yaml(config)
+        # What cannot be read back must not replace what can.
+        write_whole(folder.config_file, text, check=load_config)
     accelerator.wait_for_everyone()
 
 

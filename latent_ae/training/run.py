@@ -17,12 +17,13 @@ from latent_ae.adversary import Adversary, shape_of_discriminator
 from latent_ae.autoencoder import Autoencoder, require_divisible
 from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
+from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
-from latent_ae.training.processes import claim_folder, start_accelerator
+from latent_ae.training.processes import claim_folder, from_main, start_accelerator
 from latent_ae.training.sharding import shard_
 
 __all__ = ["Run", "prepare"]
@@ -33,7 +34,8 @@ class Run:
     """A training run in memory.
 
     `autoencoder`, `objective` and `adversary` are the modules that training calls, wrapped for
-    several processes; `network` and `discriminator` are what is inside.
+    several processes; `network` and `rule` are the first and the last without the wrapping: the
+    autoencoder's network, and the adversary that says when it learns and how much it weighs.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Run:
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     adversary: nn.Module | None
+    rule: Adversary | None
     discriminator_optimizer: torch.optim.Optimizer | None
     ema: EMAModel | None
     last_input: LastInput
@@ -53,20 +56,12 @@ class Run:
     step: int = 0
     images: int = 0
     rollbacks: int = 0
-    owes_checkpoint: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that the autoencoder's optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    @property
-    def rule(self) -> Adversary | None:
-        """The adversary without its wrapping: when it learns, how much it weighs."""
-        if self.adversary is None:
-            return None
-        return self.accelerator.unwrap_model(self.adversary)  # pyright: ignore
 
     @property
     def effective_batch(self) -> int:
@@ -95,7 +90,13 @@ class Run:
         """Writes the checkpoint of this step, unless it lies there already."""
         self.checkpoint().save(
             self.folder,
-            {"step": self.step, "images": self.images, "rollbacks": self.rollbacks},
+            {
+                "step": self.step,
+                "images": self.images,
+                "skipped": self.guard.look()[1],
+                "rollbacks": self.rollbacks,
+                "learning_rate": self.config.training.learning_rate,
+            },
             loader=self.stream.state_dict(),
             keep=self.config.training.keep_checkpoints,
             best_by=self.config.training.best_by,
@@ -104,11 +105,16 @@ class Run:
     def restore(self) -> None:
         """Goes to the newest checkpoint, or to the beginning where there is none."""
         progress: dict[str, Any] = {"step": 0, "images": 0, "rollbacks": 0, "loader": None}
-        if self.folder.all_checkpoints():
-            progress |= self.checkpoint().restore(self.folder.latest())
+        found = from_main(lambda: [path.name for path in self.folder.all_checkpoints()])
+        if found:
+            progress |= self.checkpoint().restore(self.folder.checkpoints / found[-1])
         self.close()
         self.step, self.images = progress["step"], progress["images"]
-        self.rollbacks = progress["rollbacks"]
+        rate = self.config.training.learning_rate
+        # Whoever has chosen another rate begins anew with it.
+        same = progress.get("learning_rate", rate) == rate
+        self.rollbacks = progress["rollbacks"] if same else 0
+        self.guard.begin(progress.get("skipped", 0))
         self.stream = TrainingStream(
             self.config.data,
             seed=self.config.training.seed,
@@ -137,8 +143,11 @@ class LastInput:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self.wanted:
             features = inputs[0].detach()
-            if torch.is_autocast_enabled(features.device.type):  # half the memory
-                features = features.to(torch.get_autocast_dtype(features.device.type))
+            device = features.device.type
+            # Half the memory in bf16; sums over all pixels are more than fp16 can hold.
+            half = torch.is_autocast_enabled(device)
+            if half and torch.get_autocast_dtype(device) == torch.bfloat16:
+                features = features.bfloat16()
             self.features = features
 
     def take(self) -> Tensor:
@@ -155,7 +164,7 @@ def prepare(config: Config) -> Run:
         UserError: the config cannot be met here, or the folder holds a different run.
     """
     folder = RunFolder(config.output)
-    accelerator = start_accelerator(config.training)
+    accelerator = start_accelerator(config)
     claim_folder(folder, config, accelerator)
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
@@ -163,7 +172,7 @@ def prepare(config: Config) -> Run:
     if not folder.all_checkpoints():
         _initialize(config, model.network)
     objective = Objective(config.losses, config.bottleneck)
-    adversary = Adversary(config.adversary) if config.adversary else None
+    adversary = rule = Adversary(config.adversary) if config.adversary else None
     if config.training.channels_last:
         for part in (objective, adversary):  # or LPIPS would copy every picture back
             if part is not None:
@@ -192,11 +201,12 @@ def prepare(config: Config) -> Run:
         objective,
         accelerator.prepare_optimizer(optimizer),  # pyright: ignore[reportArgumentType]
         adversary,
+        rule,
         discriminator_optimizer,
         ema,
         last_input,
         Guard(accelerator.device),
-        config.training.shard and accelerator.num_processes > 1,
+        _sharded(config.training, accelerator),
     )
     # Each process draws its own posterior noise; the seed of a fresh run, the state of a resumed.
     torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
@@ -209,18 +219,32 @@ def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerato
 
     From here on only the wrapped forward pass may be called in training.
     """
-    sharded = training.shard and accelerator.num_processes > 1
+    sharded = _sharded(training, accelerator)
     if training.channels_last and not sharded:  # FSDP2 wants contiguous weights; pictures suffice
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if training.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
     if training.compile:
+        _require_compiler(accelerator.device)
         for block in model.blocks():  # in place, so that names and hooks stay
             block.compile()
     wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
     if sharded:
         shard_(model, accelerator.device, accelerator.num_processes)
     return wrapped
+
+
+def _require_compiler(device: torch.device) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # inductor's own kinds
+        raise UserError(f"training.compile needs a C++ compiler on {device}: {error}") from error
+
+
+def _sharded(training: TrainingConfig, accelerator: Accelerator) -> bool:
+    return training.shard and accelerator.num_processes > 1
 
 
 def _adam(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,19 +24,27 @@ __all__ = ["clip_gradients", "fill_", "like_parameters", "shard_", "whole"]
 def shard_(model: Autoencoder, device: torch.device, world: int) -> None:
     """Shards a model in place: each block of the network by itself, the rest with the whole."""
     mesh = init_device_mesh(device.type, (world,))
+    for value in model.state_dict().values():  # as DDP does: all begin with the main one's
+        dist.broadcast(value, src=0)
     for block in model.blocks():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def whole(value: Any) -> Any:
-    """The same structure of dicts, lists and tensors with every sharded tensor gathered."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """The same structure of dicts, lists and tensors with every sharded tensor gathered.
+
+    Args:
+        value: the structure.
+        keep: what is gathered goes to the host's memory, tensor by tensor; or nowhere.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else torch.empty(0)
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item) for item in value]
+        return [whole(item, keep) for item in value]
     return value
 
 

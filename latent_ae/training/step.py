@@ -75,13 +75,13 @@ def _accumulate(run: Run, images: Tensor) -> dict[str, Tensor]:
     reconstruction = run.autoencoder(images)
     terms: dict[str, Tensor] = {}
     if rule is not None and rule.learns(run.step):
-        terms = _hear(run, images, reconstruction.images, weight)
+        terms = _listen(run, images, reconstruction.images, weight)
     losses = run.objective(images, reconstruction, run.step)
     run.accelerator.backward(poison(losses.total))
     return losses.terms | terms
 
 
-def _hear(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
+def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
     """The discriminator's turn: its own gradients, and what it asks of the reconstruction.
 
     Its wish ∂L_adv/∂x̂ waits at x̂ for the backward pass of the other losses: there it is added to
@@ -121,7 +121,7 @@ def _gradient_scale(run: Run) -> Tensor | float:
     share = 1 / run.config.training.accumulation
     if run.accelerator.scaler is None:
         return share
-    return run.accelerator.scaler.scale(torch.tensor(share, device=run.accelerator.device))
+    return run.accelerator.scaler.scale(torch.full((), share, device=run.accelerator.device))
 
 
 def _apply(run: Run) -> dict[str, Tensor]:
@@ -130,16 +130,19 @@ def _apply(run: Run) -> dict[str, Tensor]:
     run.accelerator.unscale_gradients(run.optimizer)  # fp16's, before they are measured
     norm = clip_gradients(run.parameters, clip)
     terms, bad = {"gradient_norm": norm.detach()}, ~norm.isfinite()
-    if run.accelerator.scaler is None:  # the scaler sets the same flag itself
-        run.optimizer.optimizer.found_inf = bad.float()  # pyright: ignore
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    judge, rule = run.discriminator_optimizer, run.rule
-    if judge is not None and rule is not None and rule.learns(run.step):
+    rule = run.rule
+    judge = run.discriminator_optimizer if rule and rule.learns(run.step) else None
+    if judge is not None:
         norm = clip_gradients([p for group in judge.param_groups for p in group["params"]], clip)
         terms["d_gradient_norm"] = norm.detach()
-        judge.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
         bad = bad | ~norm.isfinite()
+    skip = bad.float()  # both networks move, or neither does
+    if run.accelerator.scaler is None:  # the scaler sets the same flag itself
+        run.optimizer.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if judge is not None:
+        judge.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         judge.step()
         judge.zero_grad()
     run.guard.count(bad)

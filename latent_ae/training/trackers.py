@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
 from latent_ae.config_file import plain
 
@@ -24,8 +25,8 @@ class Trackers:
     resumed run needs.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
         self.board = self._open_board()
         if not run.config.training.trackers:
             return
@@ -53,10 +54,18 @@ class Trackers:
             with Image.open(sheet) as picture:
                 pixels = np.asarray(picture)
             self.board.add_image(f"{group}/sheet", pixels, step, dataformats="HWC")
-        for tracker in self.run.accelerator.trackers:
-            tracker.log(named, step=step)
-            if pixels is not None and hasattr(tracker, "log_images"):  # not every service has it
-                tracker.log_images({f"{group}/sheet": pixels[None]}, step=step)
+        for tracker in list(self.run.accelerator.trackers):
+            try:
+                tracker.log(named, step=step)
+                if pixels is not None and hasattr(tracker, "log_images"):  # not every service has
+                    tracker.log_images({f"{group}/sheet": pixels[None]}, step=step)
+            except Exception as error:  # a service that is down must not end a run of weeks
+                self.run.accelerator.trackers.remove(tracker)
+                self.console.print(
+                    f"the tracker {tracker.name} has failed and is left out from here: {error}",
+                    style="yellow",
+                    markup=False,
+                )
 
     def go_back(self) -> None:
         """Begins anew after the run's step."""

@@ -30,14 +30,18 @@ _SHEET_ROWS = 8
 def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
     """The network with the EMA weights in it, for the time of a block.
 
-    A sharded run lends a whole copy, which is real on the main process only.
+    A sharded run lends a whole copy, to the main process only.
     """
-    network = run.network
+    network, main = run.network, run.accelerator.is_main_process
     if run.sharded:
         state = averaged_state(network, run.ema) if run.ema else network.state_dict()
-        copy: Any = AutoencoderKL.from_config(network.config)
-        copy.load_state_dict(whole(state))  # every process gathers
-        yield copy.to(run.accelerator.device)
+        state = whole(state, keep=main)  # every process gathers
+        if main:
+            with torch.device("meta"):  # nothing is drawn: the random state stays
+                copy: Any = AutoencoderKL.from_config(network.config)
+            copy.load_state_dict(state, assign=True)
+            network = copy.to(run.accelerator.device)
+        yield network
         return
     if run.ema is None:
         yield network
