@@ -13,7 +13,8 @@ pass of the autoencoder for the discriminator's step (with autograd, as in the f
 reconstructions anew; the adaptive weight differentiates LPIPS and the discriminator
 once more, with respect to the last layer; stock `lpips`, default AdamW, EMA weight by weight,
 contiguous memory, nine `.item()`. What is only wrong there is not repeated: LPIPS has gradients,
-and the discriminator is frozen while the autoencoder learns.
+and the discriminator is frozen while the autoencoder learns. `stock` is the same without that last
+mercy: as in diffusers' script, the autoencoder's step computes the discriminator's gradients too.
 
 Both minimise L1 + LPIPS + KL + hinge PatchGAN with the adaptive weight, on the same batch; the
 script stops if their first losses differ, from the same weights and noise. `--variants` adds `ours`
@@ -90,8 +91,8 @@ class Ours:
 class Plain:
     """The usual loop: a step of the autoencoder, then one of the discriminator."""
 
-    def __init__(self, config, batch, device):
-        self.config, self.batch, self.device = config, batch, device
+    def __init__(self, config, batch, device, freeze=True):
+        self.config, self.batch, self.device, self.freeze = config, batch, device, freeze
         half = config.training.precision == "bf16"
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
         self.network = build_network(config.network).to(device).train()
@@ -118,7 +119,7 @@ class Plain:
 
     def _learn(self, images):
         config, elements = self.config, images[0].numel()
-        self.judge.requires_grad_(False)
+        self.judge.requires_grad_(not self.freeze)
         with self.autocast():
             posterior = self.network.encode(images).latent_dist
             decoded = self.network.decode(posterior.sample()).sample
@@ -144,6 +145,7 @@ class Plain:
 
     def _learn_to_judge(self, images):
         self.judge.requires_grad_(True)
+        self.judge_optimizer.zero_grad()
         with self.autocast():
             decoded = self.network.decode(self.network.encode(images).latent_dist.sample()).sample
             real, fake = self.judge(images), self.judge(decoded.detach())
@@ -174,7 +176,7 @@ def arguments():
     add("--threads", type=int, help="of torch on the CPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--no-memory", action="store_true", help="leave out those columns")
-    add("--only", choices=["ours", "plain", *VARIANTS], help="this row alone")
+    add("--only", choices=["ours", "plain", "stock", *VARIANTS], help="this row alone")
     add("--measure-memory", action="store_true", help="print the bytes of that row, time nothing")
     return parser.parse_args()
 
@@ -215,7 +217,9 @@ def photograph_batch(args):
 def build(args, name, batch, device):
     """What makes the steps of a row."""
     config = config_of(args, name)
-    return Plain(config, batch, device) if name == "plain" else Ours(config, batch)
+    if name in ("plain", "stock"):
+        return Plain(config, batch, device, freeze=name == "plain")
+    return Ours(config, batch)
 
 
 def compare(ours, plain, precision):
@@ -332,7 +336,7 @@ def main():
     if args.measure_memory:
         print(peak_memory(build(args, args.only or "ours", batch, device), device))
         return
-    names = [args.only] if args.only else ["ours", "plain", *args.variants]
+    names = [args.only] if args.only else ["ours", "plain", "stock", *args.variants]
     # First, while this process holds nothing on the device yet.
     peaks = {} if args.no_memory else {n: peak_in_child(n) for n in names}
     show(args, seconds(args, names, batch, device), peaks)

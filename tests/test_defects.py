@@ -28,6 +28,7 @@ def one(number, file, old, new, test):
 STEP, RUN, CHECKPOINT = "training/step.py", "training/run.py", "training/checkpoint.py"
 HERE = "tests/test_correctness.py::test_defect_"
 WISH = "(wish,) = torch.autograd.grad(verdict.autoencoder, fake, retain_graph=True)"
+_LEAK = "loss.backward(retain_graph=True)"
 DEFECTS = [
     one(
         1,
@@ -68,7 +69,7 @@ DEFECTS = [
         6,
         (
             (STEP, "reconstructed.detach().requires_grad_(weight > 0)", "reconstructed"),
-            (STEP, "accumulation).backward()", "accumulation).backward(retain_graph=True)"),
+            (STEP, "loss.backward(inputs=list(run.adversary.parameters()))", _LEAK),
         ),
         HERE + "06_the_discriminators_loss_leaves_the_autoencoder_alone",
     ),
@@ -117,8 +118,8 @@ DEFECTS = [
     one(
         14,
         STEP,
-        "        run.ema.step(run.network.parameters())",
-        "        run.ema.step(run.network.parameters())\n" * 2,
+        "        _average(run.ema, run.network)",
+        "        _average(run.ema, run.network)\n" * 2,
         HERE + "14_the_average_steps_once_an_update",
     ),
     one(

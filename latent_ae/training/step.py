@@ -6,6 +6,8 @@ import time
 from collections import Counter
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from latent_ae.adversary import adaptive_weight
@@ -112,7 +114,8 @@ def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> d
 
         reconstructed.register_hook(add)
     # Never scaled for fp16: this network runs in fp32 there.
-    (poison(verdict.discriminator) / run.config.training.accumulation).backward()
+    loss = poison(verdict.discriminator) / run.config.training.accumulation
+    loss.backward(inputs=list(run.adversary.parameters()))  # the picture's gradient is no use
     return terms
 
 
@@ -147,8 +150,16 @@ def _apply(run: Run) -> dict[str, Tensor]:
         judge.zero_grad()
     run.guard.count(bad)
     if run.ema is not None:
-        run.ema.step(run.network.parameters())
+        _average(run.ema, run.network)
     return terms
+
+
+@torch.no_grad()
+def _average(ema: EMAModel, network: AutoencoderKL) -> None:
+    """`EMAModel.step` in one pass over the weights instead of three."""
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    torch._foreach_lerp_(ema.shadow_params, list(network.parameters()), 1 - ema.cur_decay_value)
 
 
 def _set_rates(run: Run) -> None:
