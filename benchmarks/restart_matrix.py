@@ -112,7 +112,7 @@ def while_pruning() -> None:
     """Kills when a part of an old checkpoint is gone."""
     from latent_ae import run_folder
 
-    def rmtree(path: Path) -> None:
+    def rmtree(path: Path, **_: Any) -> None:
         (path / "optimizer.pt").unlink()
         shutil.rmtree(path / "network")
         die()
