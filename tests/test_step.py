@@ -217,6 +217,7 @@ def _both(run):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own looking
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # diffusers
 def test_compiled_blocks_give_the_same_loss(adversarial):
     def measure(**training):
         run = adversarial(bottleneck={"weight": 0}, training=training)
