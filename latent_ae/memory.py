@@ -30,7 +30,7 @@ class TrainingMemory(dict[str, int]):
 
 
 def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) -> TrainingMemory:
-    """The memory of an update: what stays (`states`) and what the backward pass needs.
+    """The memory of an update: what stays, and what the backward pass needs.
 
     The forward pass is run on tensors without storage, and what autograd would save is added up: no
     memory is taken and nothing is computed. What it leaves out are the workspaces of convolutions

@@ -151,9 +151,7 @@ class Checkpoint:
         progress = json.loads((path / "progress.json").read_text())
         _fill_all(self.network.state_dict(), load_file(path / "network" / WEIGHTS_FILE))
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = like_parameters(state["optimizer"], parameters)
-        _load_moments(self.optimizer, moments)
+        _load_moments(self.optimizer, like_parameters(state["optimizer"], self.optimizer))
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from latent_ae.data import Skipped
-from latent_ae.run_folder import RunFolder
+from latent_ae.run_folder import RunFolder, write_whole
 from latent_ae.training.display import Display
 from latent_ae.training.guard import Alarms
 from latent_ae.training.schedule import learning_rate
@@ -164,6 +164,4 @@ class RunLog:
 def _drop_rows_after(folder: RunFolder, step: int) -> None:
     """Forgets the rows that a killed run wrote after its last checkpoint: they come again."""
     rows = [json.dumps(row) for row in folder.log_rows() if row["step"] <= step]
-    aside = folder.log_file.with_suffix(".tmp")
-    aside.write_text("".join(row + "\n" for row in rows))
-    aside.replace(folder.log_file)
+    write_whole(folder.log_file, "".join(row + "\n" for row in rows))

@@ -59,11 +59,6 @@ class Run:
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All that the autoencoder's optimizer trains."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    @property
     def effective_batch(self) -> int:
         """Pictures an update, over all processes and micro-steps."""
         training, data = self.config.training, self.config.data
@@ -187,8 +182,8 @@ def prepare(config: Config) -> Run:
     discriminator_optimizer = None
     if adversary is not None and config.adversary is not None:
         adversary = accelerator.prepare_model(adversary)
-        verdict_makers = list(adversary.parameters())
-        discriminator_optimizer = _adam(verdict_makers, config.training, config.adversary.betas)
+        judged = list(adversary.parameters())
+        discriminator_optimizer = _adam(judged, config.training, config.adversary.betas)
     ema = None
     if config.training.ema:
         ema = EMAModel(network.parameters(), decay=config.training.ema, foreach=True)

@@ -54,8 +54,14 @@ def fill_(target: Tensor, source: Tensor) -> None:
     target.copy_(_as(source, target))
 
 
-def like_parameters(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """An optimizer's whole state, its moments sharded as the parameters are."""
+def parameters_of(optimizer: Any) -> list[nn.Parameter]:
+    """All that an optimizer trains, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def like_parameters(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """An optimizer's whole state, its moments sharded as its parameters are."""
+    parameters = parameters_of(optimizer)
     moments = {
         index: {
             name: _as(value, parameters[index]) if value.dim() else value
@@ -66,9 +72,9 @@ def like_parameters(state: dict[str, Any], parameters: list[nn.Parameter]) -> di
     return {**state, "state": moments}
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scales gradients to at most this length, in place; returns the length they had."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+def clip_gradients(optimizer: Any, largest: float) -> Tensor:
+    """Scales an optimizer's gradients to at most this length, in place; returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), largest)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -131,12 +131,12 @@ def _apply(run: Run) -> dict[str, Tensor]:
     """Moves all weights by what has been gathered, except where it is not finite."""
     clip = run.config.training.clip_norm or torch.inf
     run.accelerator.unscale_gradients(run.optimizer)  # fp16's, before they are measured
-    norm = clip_gradients(run.parameters, clip)
+    norm = clip_gradients(run.optimizer, clip)
     terms, bad = {"gradient_norm": norm.detach()}, ~norm.isfinite()
     rule = run.rule
     judge = run.discriminator_optimizer if rule and rule.learns(run.step) else None
     if judge is not None:
-        norm = clip_gradients([p for group in judge.param_groups for p in group["params"]], clip)
+        norm = clip_gradients(judge, clip)
         terms["d_gradient_norm"] = norm.detach()
         bad = bad | ~norm.isfinite()
     skip = bad.float()  # both networks move, or neither does

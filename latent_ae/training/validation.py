@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 
 from latent_ae.autoencoder import full_precision, reconstruct
@@ -16,6 +15,7 @@ from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.pictures import error_map, save_sheet
 from latent_ae.training.checkpoint import averaged_state
+from latent_ae.training.processes import from_main
 from latent_ae.training.sharding import whole
 
 if TYPE_CHECKING:
@@ -65,13 +65,10 @@ def validate(run: Run) -> dict[str, float]:
     Raises:
         UserError: the source cannot be opened or none of its pictures can be read.
     """
-    config, shared = run.config.validation, [{}]
+    config = run.config.validation
     assert config is not None, "the run has no validation"
     with averaged_network(run) as network:
-        if run.accelerator.is_main_process:
-            shared = [_measure(run, network, config)]
-    broadcast_object_list(shared)
-    return shared[0]
+        return from_main(lambda: _measure(run, network, config))
 
 
 @torch.no_grad()
