@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
@@ -14,22 +15,23 @@ from latent_ae.memory import training_memory
 __all__ = ["describe"]
 
 
-def describe(config: Config, processes: int | None = None) -> dict[str, str]:
+def describe(
+    config: Config, processes: int | None = None, network: AutoencoderKL | None = None
+) -> dict[str, str]:
     """Facts about a run, by title; the network is built without memory for its weights.
 
     Args:
         config: the run.
         processes: how many train; the launcher's environment says it when left out.
+        network: the run's, where it is at hand: a large one need not be loaded again.
 
     Raises:
         UserError: `network.path` cannot be loaded, or a resolution does not fit the network or the
             discriminator.
     """
-    if config.network.path is None:
-        with torch.device("meta"):
+    if network is None:
+        with torch.device("cpu" if config.network.path else "meta"):
             network = build_network(config.network)
-    else:
-        network = build_network(config.network)
     require_divisible(config.data.resolution, network, "data.resolution")
     factor, side = downsampling(network), config.data.resolution
     channels = network.config["latent_channels"]

@@ -19,7 +19,7 @@ def show_startup(run: Run, console: Console) -> None:
     """Prints the run's facts as a table; on the main process."""
     if not run.accelerator.is_main_process:
         return
-    facts = describe(run.config, run.accelerator.num_processes)
+    facts = describe(run.config, run.accelerator.num_processes, run.network)
     facts["device"] = f"{run.accelerator.device}, {run.config.training.precision}"
     count = run.stream.epoch
     if count is not None:
