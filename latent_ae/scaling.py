@@ -30,7 +30,8 @@ class LatentScaling(BaseModel):
     @classmethod
     def of(cls, network: AutoencoderKL) -> LatentScaling:
         """Reads them from a network's config."""
-        return cls(**{name: network.config.get(name) for name in cls.model_fields})  # pyright: ignore
+        known = {name: network.config.get(name) for name in cls.model_fields}
+        return cls(**{name: value for name, value in known.items() if value is not None})  # pyright: ignore
 
     def to_final(self, raw: Tensor) -> Tensor:
         """Raw to final latents, of shape (c, h, w) or (B, c, h, w)."""

@@ -1,10 +1,12 @@
 """Pictures in: sources, decoding, crops, batches."""
 
 from latent_ae.data.decoding import UnreadableImage, decode_image, to_rgb
-from latent_ae.data.loader import TrainingStream, evaluation_batches, require_one_readable
+from latent_ae.data.in_order import evaluation_batches
+from latent_ae.data.loader import TrainingStream, require_one_readable
 from latent_ae.data.samples import Batch, Sample, Skipped
 from latent_ae.data.sources import SOURCES, Source, open_source, source_of
 from latent_ae.data.transforms import (
+    RESIZES,
     CenterCrop,
     TrainingCrop,
     normalize,
@@ -14,6 +16,7 @@ from latent_ae.data.transforms import (
 )
 
 __all__ = [
+    "RESIZES",
     "SOURCES",
     "Batch",
     "CenterCrop",

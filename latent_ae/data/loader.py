@@ -1,4 +1,4 @@
-"""Batches of pictures: an endless resumable stream for training, one pass in order for the rest.
+"""Batches of random crops: an endless resumable stream for training.
 
 A picture's crop depends on (seed, epoch, index) alone, and the order on (seed, epoch) alone. So the
 stream is the same for any number of workers, N processes of batch B see what one of batch N·B sees,
@@ -12,7 +12,6 @@ import signal
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +23,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from latent_ae.data.decoding import UnreadableImage, decode_image
 from latent_ae.data.samples import Batch, Sample, Skipped, collate, read_sample
 from latent_ae.data.sources import Source, open_source
-from latent_ae.data.transforms import CenterCrop, TrainingCrop
+from latent_ae.data.transforms import TrainingCrop
 from latent_ae.errors import UserError
 
 if TYPE_CHECKING:
     from latent_ae.config import DataConfig, SourceConfig
 
-__all__ = ["TrainingStream", "evaluation_batches", "require_one_readable"]
+__all__ = ["TrainingStream", "require_one_readable"]
 
 
 class _Indexed(Dataset):
@@ -236,70 +235,3 @@ def require_one_readable(config: SourceConfig) -> Source:
             f"none of the {count} pictures at {config.path} can be read; the last: {reason}"
         )
     raise UserError(f"there is no picture at {config.path}")
-
-
-class _InOrder(Dataset):
-    def __init__(self, source: Source, crop: CenterCrop) -> None:
-        self.source, self.crop = source, crop
-
-    def __len__(self) -> int:
-        return len(self.source.rows)
-
-    def __getitem__(self, index: int) -> Sample | Skipped:
-        return read_sample(self.source, self.source.rows[index], index, self.crop)
-
-
-class _InOrderStream(IterableDataset):
-    def __init__(self, source: Source, crop: CenterCrop) -> None:
-        self.source, self.crop = source, crop
-
-    def __iter__(self) -> Iterator[Sample | Skipped]:
-        for position, row in enumerate(self.source.rows):
-            yield read_sample(self.source, row, position, self.crop)
-
-
-def evaluation_batches(
-    config: SourceConfig | Source,
-    resolution: int,
-    *,
-    batch_size: int = 8,
-    workers: int = 0,
-    limit: int | None = None,
-) -> Iterator[Batch]:
-    """One pass over a source in its order; centre crops after a Lanczos resize.
-
-    Args:
-        config: the source, opened or not.
-        resolution: side of the crop, in pixels.
-        batch_size: pictures a batch; fewer where some are unreadable (they are in `skipped`).
-        workers: loader processes.
-        limit: stop after this many rows.
-
-    Raises:
-        UserError: the source cannot be opened or none of its pictures can be read.
-    """
-    source = config if isinstance(config, Source) else open_source(config)
-    if limit is not None:
-        rows: Any = source.rows
-        count = min(limit, len(rows)) if hasattr(rows, "__len__") else limit
-        source = replace(source, rows=rows.take(count))
-    crop = CenterCrop(resolution)
-    streaming = not hasattr(source.rows, "__len__")
-    dataset: Any = _InOrderStream(source, crop) if streaming else _InOrder(source, crop)
-    workers = 0 if streaming else workers
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=collate,
-        num_workers=workers,
-        generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
-    )
-    found, last = 0, None
-    for batch in loader:
-        found += len(batch.samples)
-        last = batch.skipped[-1] if batch.skipped else last
-        yield batch
-    if not found:
-        reason = f"; the last, {last.key}: {last.reason}" if last else ""
-        raise UserError(f"no picture of the data set can be read{reason}")

@@ -28,7 +28,18 @@ class Skipped:
 
 @dataclass
 class Sample:
-    """One picture and what the data set says of it; `image` is uint8 of shape (3, H, W)."""
+    """One picture and what the data set says of it.
+
+    Attributes:
+        image: uint8 of shape (3, H, W).
+        key: its name in the data set.
+        label: its class, where there is one.
+        caption: its text, where there is one.
+        width: of the original, in pixels.
+        height: likewise.
+        position: its row in the source's order.
+        skipped: what could not be read in its place.
+    """
 
     image: Tensor
     key: str
@@ -36,6 +47,7 @@ class Sample:
     caption: str | None
     width: int
     height: int
+    position: int = 0
     skipped: list[Skipped] = field(default_factory=list)
 
 
@@ -76,7 +88,8 @@ def read_sample(
     except UnreadableImage as error:
         return Skipped(key, str(error))
     image = transform(picture)
-    return Sample(image, key, _label(row), _caption(row), picture.width, picture.height)
+    size = (picture.width, picture.height)
+    return Sample(image, key, _label(row), _caption(row), *size, position)
 
 
 def _label(row: dict[str, Any]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from latent_ae.config import DataConfig
 
 __all__ = [
+    "RESIZES",
     "CenterCrop",
     "TrainingCrop",
     "normalize",
@@ -25,13 +27,40 @@ __all__ = [
 ]
 
 
-def resize_shorter_side(picture: Image.Image, side: int) -> Image.Image:
-    """Resizes by Lanczos so that the shorter side is `side` pixels; the aspect stays."""
+def resize_shorter_side(
+    picture: Image.Image, side: int, filter: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Resizes so that the shorter side is `side` pixels; the aspect stays."""
     if min(picture.size) == side:
         return picture
     scale = side / min(picture.size)
     width, height = (max(side, round(edge * scale)) for edge in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return picture.resize((width, height), filter)
+
+
+def _bicubic(picture: Image.Image, side: int) -> Image.Image:
+    return resize_shorter_side(picture, side, Image.Resampling.BICUBIC)
+
+
+def _adm(picture: Image.Image, side: int) -> Image.Image:
+    """Halves by averages while twice too large, then bicubic (guided-diffusion's data sets)."""
+    while min(picture.size) >= 2 * side:
+        half = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(half, Image.Resampling.BOX)
+    return _bicubic(picture, side)
+
+
+def _enlarge_only(picture: Image.Image, side: int) -> Image.Image:
+    """A picture that the crop fits into stays as it is."""
+    return picture if min(picture.size) >= side else resize_shorter_side(picture, side)
+
+
+RESIZES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "lanczos": resize_shorter_side,
+    "bicubic": _bicubic,
+    "adm": _adm,
+    "none": _enlarge_only,
+}
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -51,13 +80,27 @@ def to_uint8(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Shorter side to `resolution` by Lanczos, then the centre square: the way to measure."""
+    """Shorter side to `resolution`, then the centre square: the way to measure.
 
-    resolution: int
+    Attributes:
+        resolution: side of the square, in pixels; None leaves the picture at its own size.
+        resize: by which of `RESIZES`.
+        multiple: cut further, about the centre, to sides that this divides.
+    """
+
+    resolution: int | None
+    resize: str = "lanczos"
+    multiple: int = 1
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Returns uint8 of shape (3, resolution, resolution)."""
-        return to_tensor(_crop_at(resize_shorter_side(picture, self.resolution), self.resolution))
+        """Returns uint8 of shape (3, H, W)."""
+        if self.resolution is not None:
+            picture = RESIZES[self.resize](picture, self.resolution)
+            picture = _crop_at(picture, (self.resolution, self.resolution))
+        whole = [edge - edge % self.multiple for edge in picture.size]
+        if min(whole) and whole != list(picture.size):
+            picture = _crop_at(picture, (whole[0], whole[1]))
+        return to_tensor(picture)
 
 
 @dataclass(frozen=True)
@@ -79,7 +122,7 @@ class TrainingCrop:
             if min(picture.size) < config.resolution:  # too small to cut: enlarge, never pad
                 picture = resize_shorter_side(picture, config.resolution)
             random = rng if config.crop == "random" else None
-            picture = _crop_at(picture, config.resolution, random)
+            picture = _crop_at(picture, (config.resolution, config.resolution), random)
         if config.flip and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(picture)
@@ -94,9 +137,9 @@ class TrainingCrop:
 
 
 def _crop_at(
-    picture: Image.Image, side: int, rng: np.random.Generator | None = None
+    picture: Image.Image, size: tuple[int, int], rng: np.random.Generator | None = None
 ) -> Image.Image:
-    """A square of `side` pixels, from a random place or, without `rng`, the middle."""
-    slack = [edge - side for edge in picture.size]
+    """A crop of `size` (width, height), from a random place or, without `rng`, the middle."""
+    slack = [edge - side for edge, side in zip(picture.size, size, strict=True)]
     left, top = (int(rng.integers(0, s + 1)) if rng else s // 2 for s in slack)
-    return picture.crop((left, top, left + side, top + side))
+    return picture.crop((left, top, left + size[0], top + size[1]))
