@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from latent_ae import evaluate
 from latent_ae.autoencoder import load_network, reconstruct
-from latent_ae.config import SourceConfig
+from latent_ae.config import Protocol, SourceConfig
 from latent_ae.data import CenterCrop, evaluation_batches, normalize, to_uint8
 from latent_ae.pictures import save_sheet
 
@@ -74,7 +74,8 @@ def main():
     networks = {Path(model).name: load_network(model).eval() for model in args.models}
     print("| | PSNR (dB) | SSIM | LPIPS | sharpness |\n|-|-|-|-|-|")
     for model, (name, network) in zip(args.models, networks.items(), strict=True):
-        metrics = evaluate(model, args.data, resolution=args.resolution).metrics
+        protocol = Protocol(resolution=args.resolution)
+        metrics = evaluate(model, args.data, protocol, quick=True, references=()).metrics
         cells = [f"{metrics['psnr']:.2f}", f"{metrics['ssim']:.3f}", f"{metrics['lpips']:.3f}"]
         cells.append(f"{sharpness(network, args.data, args.resolution):.2f}")
         print(f"| {name} | {' | '.join(cells)} |")

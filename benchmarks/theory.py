@@ -64,7 +64,7 @@ def row(name, weight, photos, held_out, steps, runs):
     folder = runs / f"{name}-exported"
     if not folder.exists():
         export_run(runs / name, folder, images=512)
-    metrics = evaluate(folder, held_out, resolution=256).metrics
+    metrics = evaluate(folder, held_out, quick=True, references=()).metrics
     latents = json.loads((folder / "latent_ae.json").read_text())["latents"]
     network = load_network(folder)
     channels, side = network.config["latent_channels"], config.data.resolution

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from latent_ae.config import Config
     from latent_ae.config_file import load_config
     from latent_ae.errors import UserError
-    from latent_ae.evaluation import evaluate
+    from latent_ae.evaluation import Evaluation, compare, evaluate
     from latent_ae.export import export_run
     from latent_ae.latents import LatentDataset, decode, encode
     from latent_ae.outputs import Code, Reconstruction
@@ -22,9 +22,11 @@ __all__ = [
     "Autoencoder",
     "Code",
     "Config",
+    "Evaluation",
     "LatentDataset",
     "Reconstruction",
     "UserError",
+    "compare",
     "decode",
     "encode",
     "evaluate",
@@ -38,9 +40,11 @@ _HOME = {
     "Autoencoder": "autoencoder",
     "Code": "outputs",
     "Config": "config",
+    "Evaluation": "evaluation",
     "LatentDataset": "latents",
     "Reconstruction": "outputs",
     "UserError": "errors",
+    "compare": "evaluation",
     "decode": "latents",
     "encode": "latents",
     "evaluate": "evaluation",

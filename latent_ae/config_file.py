@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from latent_ae.config import Config, Section
+from latent_ae.config import PROTOCOLS, Config, Protocol, Section
 from latent_ae.errors import UserError
 
-__all__ = ["dump_yaml", "load_config", "parse_config", "plain"]
+__all__ = ["dump_yaml", "load_config", "load_protocol", "parse_config", "plain"]
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -42,7 +44,38 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: no such file, no YAML, an unknown key or a wrong value; the sentence names the
             key's path and the valid names.
     """
-    path = Path(path)
+    content = _read(Path(path))
+    for override in overrides or []:
+        _apply_override(content, override)
+    return parse_config(content, where=str(path))
+
+
+def load_protocol(name: str | Path, overrides: list[str] | None = None) -> Protocol:
+    """A protocol by its name or from a YAML file, with `key=value` overrides.
+
+    Raises:
+        UserError: no such name or file, an unknown key or a wrong value.
+    """
+    if str(name) in PROTOCOLS:
+        content = PROTOCOLS[str(name)].model_dump()
+    elif Path(name).suffix in (".yaml", ".yml"):
+        content = _read(Path(name))
+    else:
+        raise UserError(
+            f"protocol {str(name)!r} is unknown; valid: {', '.join(PROTOCOLS)}, or a YAML file"
+        )
+    before = dict(content)
+    for override in overrides or []:
+        _apply_override(content, override)
+    if content.get("resolution", 0) is None:
+        content["resize"] = "none"
+    changed = [key for key in content if key != "name" and content[key] != before.get(key)]
+    if changed and content.get("name") == before.get("name"):
+        content["name"] = f"{content.get('name', Path(name).stem)}, changed"
+    return _parse(Protocol, content, where=f"protocol {name}")
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), _StrictLoader)
     except FileNotFoundError as error:
@@ -53,17 +86,19 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no `key: value` lines")
-    for override in overrides or []:
-        _apply_override(content, override)
-    return parse_config(content, where=str(path))
+    return content
 
 
 def parse_config(content: dict[str, Any], where: str = "config") -> Config:
     """Validates a nested dict; `where` begins the sentence of the `UserError` it may raise."""
+    return _parse(Config, content, where)
+
+
+def _parse(kind: type[AnySection], content: dict[str, Any], where: str) -> AnySection:
     try:
-        return Config.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        sentences = "; ".join(_sentence(item) for item in error.errors())
+        sentences = "; ".join(_sentence(item, kind) for item in error.errors())
         raise UserError(f"{where}: {sentences}") from None
 
 
@@ -96,12 +131,12 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     content[last] = value
 
 
-def _sentence(item: Any) -> str:
+def _sentence(item: Any, kind: type[Section]) -> str:
     """One of pydantic's errors in the words of the YAML file."""
     location = [str(part) for part in item["loc"]]
     key = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
-        valid = list(_section_at(location[:-1]).model_fields)
+        valid = list(_section_at(location[:-1], kind).model_fields)
         close = difflib.get_close_matches(location[-1], valid, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"unknown key {key!r}{hint}; valid keys here: {', '.join(valid)}"
@@ -115,8 +150,7 @@ def _sentence(item: Any) -> str:
     return f"{key}: {message}{shown}"
 
 
-def _section_at(location: list[str]) -> type[Section]:
-    section: type[Section] = Config
+def _section_at(location: list[str], section: type[Section]) -> type[Section]:
     for part in location:
         annotation = section.model_fields[part].annotation
         for candidate in (annotation, *get_args(annotation)):

@@ -26,6 +26,7 @@ from latent_ae.config import Config, DataConfig
 from latent_ae.config_file import plain
 from latent_ae.data import TrainingStream, normalize, source_of
 from latent_ae.errors import UserError
+from latent_ae.precision import measure_precision
 from latent_ae.run_folder import RunFolder
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
@@ -51,6 +52,7 @@ IGNORED_BY = {
 
 
 STATISTICS = ("scale", "shift", "channels")
+PRECISION_IMAGES = 4  # crops that are run in fp16 and bf16 too
 
 
 def export_run(
@@ -65,8 +67,9 @@ def export_run(
 ) -> Path:
     """Writes a run's weights, averaged where there is an EMA, as a diffusers folder.
 
-    The scale is measured on training crops, the folder is written aside, loaded again by stock
-    diffusers and compared, then renamed into place. A run with an adversary leaves its
+    The scale is measured on training crops, and on a few of them whether fp16 is safe
+    (`force_upcast`, with the evidence in `latent_ae.json`). The folder is written aside, loaded
+    again by stock diffusers and compared, then renamed into place. A run with an adversary leaves its
     `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
     does not look at it.
 
@@ -98,6 +101,8 @@ def export_run(
         _silence_posterior(network)
     measured, sample = measure_latents(network, _measuring_data(config, data), images)
     network.register_to_config(**_scaling(measured, statistics).model_dump())
+    evidence = measure_precision(network, sample[:PRECISION_IMAGES])
+    network.register_to_config(force_upcast=evidence.force_upcast)
     if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
         network.register_to_config(sample_size=max(256, config.data.resolution))
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -106,6 +111,7 @@ def export_run(
         _forget_origin(aside / "config.json")
         _require_same(network, aside, sample)
         record = _record(config, folder, progress, measured, aside)
+        record["precision"] = evidence.to_json()
         judge = folder.checkpoint(progress["step"]) / "discriminator.safetensors"
         if judge.is_file():
             shutil.copyfile(judge, aside / judge.name)
@@ -251,6 +257,7 @@ vae = AutoencoderKL.from_pretrained("path/to/this/folder")
 | objective | {_objective_in_words(config)} |
 | scaling_factor | {network.config["scaling_factor"]:.5f}, measured on {latents["images"]} crops |
 | KL | {latents["kl_nats_per_image"]:.0f} nats an image |
+| force_upcast | {str(network.config["force_upcast"]).lower()}: {record["precision"]["reason"]} |
 
 ## Metrics on held-out pictures
 {table if metrics else "None were taken while it trained."}

@@ -29,7 +29,7 @@ def write_whole(path: Path, text: str, check: Callable[[Path], Any] | None = Non
         check: reads the new file before it takes the place, and raises if it must not.
     """
     aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
+    with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

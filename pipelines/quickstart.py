@@ -199,7 +199,7 @@ def evaluate_held_out(output: Path) -> dict[str, Any]:
     from latent_ae.pictures import error_map, save_grid, save_sheet
 
     held_out = output / "photographs/held_out"
-    result = evaluate(output / "autoencoder", held_out, resolution=256)
+    result = evaluate(output / "autoencoder", held_out, quick=True, references=("Lanczos",))
     network = load_network(output / "autoencoder")
     (batch,) = evaluation_batches(source_of(held_out), 256)
     with torch.no_grad():
@@ -207,7 +207,8 @@ def evaluate_held_out(output: Path) -> dict[str, Any]:
         channels = network.config["latent_channels"]
         noise = torch.randn(8, channels, 32, 32, generator=torch.manual_seed(0))
         prior = to_uint8(decode_latents(network, noise))
-    lanczos = lanczos_reduction(batch.images, result.protocol["values_per_image"])
+    values = int(result.content["model"]["values_per_image"])
+    lanczos = lanczos_reduction(batch.images, values)
     columns = {
         "input": batch.images,
         "reconstruction": decoded,
@@ -216,7 +217,9 @@ def evaluate_held_out(output: Path) -> dict[str, Any]:
     }
     save_sheet(output / "reconstructions.png", columns)
     save_grid(output / "prior.png", prior, columns=4)
-    return result.to_json()
+    content = result.to_json()
+    kept = {name: content[name] for name in ("metrics", "protocol", "model")}
+    return {**kept, "lanczos": result.reference("Lanczos")}
 
 
 def encode_crops(output: Path) -> None:

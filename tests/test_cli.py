@@ -9,7 +9,7 @@ import yaml
 from latent_ae import cli
 from latent_ae.config_file import dump_yaml
 
-VERBS = ("train", "export", "evaluate", "encode", "decode", "config")
+VERBS = ("train", "export", "evaluate", "compare", "encode", "decode", "config")
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -57,11 +57,20 @@ def test_the_whole_way_from_the_command_line(capsys, monkeypatch, tiny, photos, 
     go("train", config, "training.steps=2", f"output={tmp_path / 'run'}")
     _, err = go("export", tmp_path / "run", tmp_path / "ae", "--images", 4, "--statistics", "shift")
     assert "ignore shift_factor" in err.replace("\n", " ")
-    out, _ = go(
-        "evaluate", tmp_path / "ae", photos, "--resolution", 64, "--json", tmp_path / "m.json"
-    )
+    folder = tmp_path / "measured"
+    measure = ["resolution=64", "--out", folder, "--json", tmp_path / "m.json"]
+    out, err = go("evaluate", tmp_path / "ae", photos, *measure)
     assert "Lanczos" in out
+    assert "force_upcast" in out
+    assert "photos256, changed" in err
     assert json.loads((tmp_path / "m.json").read_text())["metrics"]["psnr"] > 0
+    assert (folder / "report.html").is_file()
+    both = ["--data", photos, "resolution=64", "--out", tmp_path / "both", "--quick"]
+    out, _ = go("compare", folder, tmp_path / "ae", *both)
+    assert "measured" in out
+    assert "ae" in out
+    assert (tmp_path / "both/report.html").is_file()
+    assert (tmp_path / "both/ae/evaluation.json").is_file()
     go("encode", tmp_path / "ae", photos, tmp_path / "latents", "--resolution", 64)
     go("decode", tmp_path / "latents", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "coffee.png.png").is_file()
@@ -92,6 +101,10 @@ def test_config_prints_what_reads_back_and_what_it_means(capsys, monkeypatch, ti
         (["train", "none.yaml"], "there is no config file none.yaml"),
         (["evaluate", "none", "none"], "there is no folder, parquet or tar file at none"),
         (["export", "none", "out"], "none is no training run"),
+        (["evaluate", "none", ".", "resolutoin=1"], "did you mean 'resolution'"),
+        (["compare", "none"], "there is no folder none to compare"),
+        (["compare", "."], "give --data"),
+        (["compare", "resolution=64"], "name at least one result folder"),
         (["encode", "none", ".", "out"], "none is no exported autoencoder"),
         (["decode", "none", "out"], "none is no finished latents folder"),
         (["config"], "give a YAML file"),

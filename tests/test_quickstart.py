@@ -46,7 +46,7 @@ def test_the_quickstart_keeps_its_promises(tmp_path):
     # The untrained linear code has 27 dB; two slow cores reach 30 in this time.
     assert content["metrics"]["psnr"] > 28.5
     assert content["metrics"]["lpips"] < 0.5 * content["lanczos"]["lpips"]
-    assert content["protocol"]["images"] == 3
+    assert content["protocol"]["name"] == "photos256"
     subprocess.run([sys.executable, "-c", STRANGER, str(output)], check=True, timeout=200)
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2

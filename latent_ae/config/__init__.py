@@ -9,11 +9,13 @@ from latent_ae.config.model import (
     NetworkConfig,
     PerceptualConfig,
 )
+from latent_ae.config.protocol import PROTOCOLS, Protocol
 from latent_ae.config.run import Config
 from latent_ae.config.section import Section
 from latent_ae.config.training import TrainingConfig
 
 __all__ = [
+    "PROTOCOLS",
     "SMALLEST_MEASURED",
     "AdversaryConfig",
     "AutoencoderConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "LossesConfig",
     "NetworkConfig",
     "PerceptualConfig",
+    "Protocol",
     "Section",
     "SourceConfig",
     "TrainingConfig",

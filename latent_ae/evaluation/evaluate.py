@@ -1,117 +1,281 @@
-"""Reconstruction quality of any autoencoder that diffusers can load."""
+"""Measures any autoencoder that diffusers can load, by a named protocol."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from rich.console import Console
+from rich.progress import track
+from torch import nn
 
-from latent_ae.autoencoder import (
-    default_device,
-    downsampling,
-    full_precision,
-    load_network,
-    reconstruct,
-    require_divisible,
-    weights_sha256,
-)
-from latent_ae.config import SMALLEST_MEASURED, SourceConfig
-from latent_ae.data import Skipped, evaluation_batches, normalize, source_of
+from latent_ae.autoencoder import default_device, full_precision
+from latent_ae.config import Protocol, SourceConfig
+from latent_ae.config_file import load_protocol
+from latent_ae.data import CenterCrop, evaluation_batches, open_source, source_of
 from latent_ae.errors import UserError
-from latent_ae.evaluation.baseline import lanczos_reduction
+from latent_ae.evaluation.frechet import FEATURE_NETWORKS, FrechetDistance
+from latent_ae.evaluation.look import look_closer, note_effects
+from latent_ae.evaluation.measurement import MODEL, REFERENCES, Gathered, Measurement
+from latent_ae.evaluation.result import (
+    Evaluation,
+    intervals_of,
+    means_of,
+    per_image_table,
+    pixels_digest,
+    reference_rows,
+)
+from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.metrics import ReconstructionMetrics
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["evaluate"]
 
 
-@dataclass
-class Evaluation:
-    """The metrics of an autoencoder on a data set, and exactly how they were taken.
-
-    Attributes:
-        metrics: means of `psnr` (dB), `ssim`, `lpips`.
-        lanczos: the same for the picture reduced by Lanczos to as many numbers as its latents have.
-        protocol: everything that another measurement must share to be comparable.
-        skipped: pictures that could not be read.
-    """
-
-    metrics: dict[str, float]
-    lanczos: dict[str, float]
-    protocol: dict[str, Any]
-    skipped: list[Skipped]
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain values."""
-        return {
-            "metrics": self.metrics,
-            "lanczos": self.lanczos,
-            "protocol": self.protocol,
-            "skipped": [vars(skip) for skip in self.skipped],
-        }
-
-
-@torch.no_grad()
 def evaluate(
     model: str | Path,
     data: str | Path | SourceConfig,
+    protocol: str | Protocol = "photos256",
     *,
-    resolution: int = 256,
-    limit: int | None = None,
+    out: str | Path | None = None,
+    name: str | None = None,
+    quick: bool = False,
+    references: Sequence[str] = REFERENCES,
     batch_size: int = 8,
+    workers: int = 0,
+    probes: int = 8,
+    pictures: int = 8,
+    feature_network: nn.Module | None = None,
+    frechet_weights: str | None = None,
+    lpips_weights: str | None = None,
     device: torch.device | str | None = None,
+    console: Console | None = None,
 ) -> Evaluation:
-    """Reconstructs pictures from the posterior mode in fp32 and measures the difference.
+    """Reconstructs pictures and measures the difference, the latent space, and low precision.
+
+    Under a launcher the processes share the pictures in whole batches, and all return the same
+    numbers as one process would; what needs more passes is the main process's alone.
 
     Args:
-        model: an exported folder, or any `AutoencoderKL` folder.
+        model: an exported folder, or any image autoencoder of diffusers'.
         data: a source, or a path whose kind is guessed.
-        resolution: shorter side after the Lanczos resize, and side of the centre crop, in pixels.
-        limit: take only the first pictures.
-        batch_size: pictures a pass.
+        protocol: a name in `PROTOCOLS`, or a `Protocol`.
+        out: a folder for evaluation.json, per_image.parquet and pictures; nothing is written when
+            left out.
+        name: a short title; the model's folder when left out.
+        quick: leave out the latent space, the probes and low precision.
+        references: which of `Lanczos`, `JPEG`, `WebP` to measure beside it.
+        batch_size: pictures a pass; 1 where the protocol leaves them at their own size.
+        workers: loader processes.
+        probes: pictures that the probes look at.
+        pictures: how many of the first, and how many of the worst, are kept in `out`.
+        feature_network: of the Fréchet distance, in place of the protocol's: uint8 pictures of
+            shape (B, 3, H, W) to features of shape (B, `num_features`).
+        frechet_weights: a file of the feature network's weights.
+        lpips_weights: a safetensors file of VGG16's weights.
         device: CUDA where there is one, when left out.
+        console: where progress is shown; nothing is, when left out.
 
     Raises:
-        UserError: no such model or data, or a resolution that the network cannot take.
+        UserError: no such model, data or protocol, weights that cannot be had, no picture that can
+            be read, or none whose reconstruction is finite.
     """
-    device = torch.device(device or default_device())
-    network = load_network(model).to(device).eval()  # pyright: ignore
-    require_divisible(resolution, network)
-    if resolution < SMALLEST_MEASURED:
+    began = time.perf_counter()
+    rank, world, device = _place(device)
+    protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
+    folder = None if out is None else _writable(Path(out))
+    data = data if isinstance(data, SourceConfig) else source_of(data)
+    source = open_source(data)
+    frozen = FrozenAutoencoder(model, device, protocol.precision)
+    frechet = _frechet(protocol, feature_network, frechet_weights, device)
+    measurement = Measurement(
+        frozen,
+        protocol,
+        ReconstructionMetrics(device, protocol.lpips, ms_ssim=True, lpips_path=lpips_weights),
+        frechet,
+        references=tuple(references),
+        latents=not quick,
+        gallery=(max(pictures, probes), pictures) if folder else (probes, 0),
+    )
+    size = batch_size if protocol.resolution else 1
+    batches = evaluation_batches(
+        source,
+        CenterCrop(
+            protocol.resolution,
+            protocol.resize,
+            frozen.downsampling if protocol.fit == "crop" else 1,
+        ),
+        batch_size=size,
+        workers=workers,
+        limit=protocol.images,
+        rank=rank,
+        world=world,
+    )
+    with full_precision():
+        for batch in _tracked(batches, source, protocol, size * world, rank, console):
+            measurement.update(batch)
+        gathered, frechet = _together(measurement, frechet, world)
+        _require_some(gathered, frozen)
+        result = _result(frozen, protocol, gathered, frechet, data.path, name or Path(model).name)
+        if rank == 0:
+            probes = 0 if quick else probes
+            _look(result, frozen, gathered, folder, probes=probes, pictures=pictures)
+    seconds = {"all": time.perf_counter() - began, "model": gathered.model_seconds}
+    result.content["seconds"] = seconds
+    if folder is not None and rank == 0:
+        result.save(folder)
+    return result
+
+
+def _look(
+    result: Evaluation,
+    frozen: FrozenAutoencoder,
+    gathered: Gathered,
+    folder: Path | None,
+    **counts: int,
+) -> None:
+    """Adds to a result what needs more passes."""
+    closer = look_closer(frozen, result.protocol, gathered, folder, **counts)
+    if effects := closer.pop("channel_effects", None):
+        note_effects(result.content["latents"], effects)
+    result.content |= closer
+
+
+def _place(device: torch.device | str | None) -> tuple[int, int, torch.device]:
+    """This process's number, how many there are, and its device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        state = PartialState()
+        own = state.device if device is None else device
+        return state.process_index, state.num_processes, torch.device(own)  # pyright: ignore
+    return 0, 1, torch.device(device or default_device())
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made now: what cannot be written is better known before the work."""
+    strangers = [
+        item.name
+        for item in (folder.iterdir() if folder.is_dir() else [])
+        if item.name not in ("evaluation.json", "per_image.parquet", "pictures", "report.html")
+    ]
+    if strangers:
+        raise UserError(f"{folder} holds other files ({strangers[0]}); choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written")
+    return folder
+
+
+def _frechet(
+    protocol: Protocol, network: nn.Module | None, weights: str | None, device: torch.device
+) -> FrechetDistance | None:
+    if network is None and protocol.frechet is None:
+        return None
+    return FrechetDistance(network or FEATURE_NETWORKS[str(protocol.frechet)](weights), device)
+
+
+def _tracked(
+    batches: Any,
+    source: Any,
+    protocol: Protocol,
+    rows_a_step: int,
+    rank: int,
+    console: Console | None,
+) -> Any:
+    if console is None or rank != 0:
+        return batches
+    rows = len(source.rows) if hasattr(source.rows, "__len__") else protocol.images
+    total = None if rows is None else -(-min(rows, protocol.images or rows) // rows_a_step)
+    return track(batches, "evaluate", total=total, console=console, transient=True)
+
+
+def _together(
+    measurement: Measurement, frechet: FrechetDistance | None, world: int
+) -> tuple[Gathered, FrechetDistance | None]:
+    """What all processes have measured, the same on each."""
+    own = measurement.finish()
+    if world == 1:
+        return own, frechet
+    from accelerate.utils import gather_object
+
+    first, *others = gather_object([own])  # all processes' shares, in the order of their ranks
+    if frechet is not None:
+        frechet = FrechetDistance(frechet.network, frechet.device)
+        for share in (first, *others):
+            frechet.merge(share.frechet)
+    for other in others:
+        first.merge(other)
+    return first, frechet
+
+
+def _require_some(gathered: Gathered, frozen: FrozenAutoencoder) -> None:
+    if not gathered.rows:
+        last = gathered.skipped[-1] if gathered.skipped else None
+        reason = f"; the last, {last.key}: {last.reason}" if last else ""
+        raise UserError(f"no picture of the data set can be read{reason}")
+    if not any(row["finite"] for row in gathered.rows):
         raise UserError(
-            f"resolution {resolution} is too small to measure; the least is {SMALLEST_MEASURED}"
+            f"the reconstruction of every picture by {frozen.path} in {frozen.precision} holds NaN "
+            f"or infinity, beginning with {gathered.rows[0]['key']}; try precision=fp32"
         )
-    digest = weights_sha256(model)
-    values = _latent_values(network, resolution)
-    source = data if isinstance(data, SourceConfig) else source_of(data)
-    metrics, lanczos = ReconstructionMetrics(device), ReconstructionMetrics(device)
-    skipped: list[Skipped] = []
-    for batch in evaluation_batches(source, resolution, batch_size=batch_size, limit=limit):
-        skipped += batch.skipped
-        if not batch.samples:
-            continue
-        images = batch.images.to(device)
-        with full_precision():
-            metrics.update(images, reconstruct(network, normalize(images)))
-        lanczos.update(images, lanczos_reduction(batch.images, values).to(device))
-    protocol = {
-        "data": source.path,
-        "images": len(metrics.per_image["psnr"]),
-        "preprocessing": f"shorter side to {resolution} by Lanczos, centre crop",
-        "resolution": resolution,
-        "code": "posterior mode",
-        "precision": "fp32",
-        "output": "clamped, rounded to 8 bits; PSNR of a picture at most 58.9 dB",
-        "lpips": "v0.1, alex",
-        "model": str(model),
-        "weights_sha256": digest,
-        "values_per_image": values,
+
+
+def _result(
+    frozen: FrozenAutoencoder,
+    protocol: Protocol,
+    gathered: Gathered,
+    frechet: FrechetDistance | None,
+    data: str,
+    name: str,
+) -> Evaluation:
+    good = [row for row in gathered.rows if row["finite"]]
+    rows = reference_rows(gathered, protocol.seed)
+    distance = None
+    if frechet is not None:
+        found = frechet.compute(MODEL)
+        network = protocol.frechet or type(frechet.network).__name__
+        distance = {"network": network, **vars(found)}
+        for row in rows:
+            row["frechet"] = frechet.compute(row["name"]).distance
+    mean_of = {name: sum(row[name] for row in good) / len(good) for name in ("values", "bits")}
+    content = {
+        "format": 1,
+        "name": name,
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            package: version(package)
+            for package in ("latent_ae", "torch", "diffusers", "torchmetrics", "lpips")
+        },
+        "machine": _machine(frozen.device),
+        "protocol": protocol.model_dump(mode="json"),
+        "data": {
+            "path": data,
+            "images": len(gathered.rows),
+            "pixels_sha256": pixels_digest(gathered.rows),
+            "skipped": [vars(skip) for skip in gathered.skipped],
+            "not_finite": [row["key"] for row in gathered.rows if not row["finite"]],
+        },
+        "model": {
+            **frozen.describe(),
+            "values_per_image": mean_of["values"],
+            "bits_per_image": mean_of["bits"],
+        },
+        "metrics": means_of(good),
+        "intervals": intervals_of(good, protocol.seed),
+        "frechet": distance,
+        "references": rows,
+        "latents": gathered.latents.summary(frozen.scaling) if gathered.latents else None,
     }
-    return Evaluation(metrics.compute(), lanczos.compute(), protocol, skipped)
+    return Evaluation(name, protocol, content, per_image_table(gathered.rows))
 
 
-def _latent_values(network: AutoencoderKL, resolution: int) -> int:
-    side = resolution // downsampling(network)
-    return network.config["latent_channels"] * side * side
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} cores {platform.machine()}"

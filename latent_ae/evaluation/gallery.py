@@ -1,0 +1,98 @@
+"""Pictures that are worth a look: the first, the worst, small ones of many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["Gallery", "Shown", "save_webp"]
+
+THUMBNAIL = 48  # pixels
+THUMBNAILS = 128
+
+
+@dataclass
+class Shown:
+    """A picture with its reconstruction, both uint8 of shape (3, H, W)."""
+
+    position: int
+    key: str
+    image: Tensor
+    reconstruction: Tensor
+    metrics: dict[str, float]
+
+
+class Gallery:
+    """Keeps the first pictures, the worst so far, and thumbnails; processes can be added up.
+
+    Args:
+        first: how many from the beginning of the data.
+        worst: how many of the worst, by LPIPS where it is taken, else by PSNR.
+    """
+
+    def __init__(self, first: int, worst: int) -> None:
+        self.count, self.worst_count = first, worst
+        self.first: list[Shown] = []
+        self.worst: list[Shown] = []
+        self.thumbnails: dict[int, Tensor] = {}
+
+    def add(self, shown: Shown) -> None:
+        """Looks at a picture and keeps what is worth it."""
+        if shown.position < THUMBNAILS:
+            self.thumbnails[shown.position] = _thumbnail(shown.image)
+        self.first = sorted([*self.first, shown], key=lambda s: s.position)[: self.count]
+        self.worst = sorted([*self.worst, shown], key=_badness)[: self.worst_count]
+
+    def merge(self, other: Gallery) -> None:
+        """Adds what another process has kept."""
+        self.thumbnails |= other.thumbnails
+        first = {s.position: s for s in [*self.first, *other.first]}
+        self.first = [first[p] for p in sorted(first)][: self.count]
+        worst = {s.position: s for s in [*self.worst, *other.worst]}
+        self.worst = sorted(worst.values(), key=_badness)[: self.worst_count]
+
+    def save(self, folder: Path, first: int) -> dict[str, list[dict[str, Any]]]:
+        """Writes the first and the worst as lossless WebP below `folder`; returns their entries."""
+        shown = self.first[:first]
+        return {
+            "shown": [_save(folder, f"shown-{i:03d}", s) for i, s in enumerate(shown)],
+            "worst": [_save(folder, f"worst-{i:03d}", s) for i, s in enumerate(self.worst)],
+        }
+
+
+def _badness(shown: Shown) -> tuple[float, int]:
+    metrics = shown.metrics
+    value = -metrics["lpips"] if "lpips" in metrics else metrics["psnr"]
+    return value, shown.position
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    side = min(image.shape[-2:])
+    top, left = ((edge - side) // 2 for edge in image.shape[-2:])
+    square = image[None, :, top : top + side, left : left + side].float()
+    small = F.interpolate(square, (THUMBNAIL, THUMBNAIL), mode="bicubic", antialias=True)
+    return small[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _save(folder: Path, name: str, shown: Shown) -> dict[str, Any]:
+    return {
+        "key": shown.key,
+        "input": save_webp(folder, f"{name}-input", shown.image),
+        "reconstruction": save_webp(folder, f"{name}-reconstruction", shown.reconstruction),
+        "metrics": shown.metrics,
+    }
+
+
+def save_webp(folder: Path, name: str, image: Tensor) -> str:
+    """Writes uint8 of shape (3, H, W) losslessly; returns its path below the result folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    Image.fromarray(pixels).save(folder / f"{name}.webp", lossless=True, quality=60, method=4)
+    return f"{folder.name}/{name}.webp"

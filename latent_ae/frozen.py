@@ -1,0 +1,188 @@
+"""Any image autoencoder of diffusers', behind one face: for measuring, not for training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latent_ae.autoencoder import default_device, weights_sha256
+from latent_ae.bottlenecks import gaussian_kl, split_moments
+from latent_ae.errors import UserError
+from latent_ae.scaling import LatentScaling
+
+__all__ = ["PRECISIONS", "FrozenAutoencoder", "posterior_of"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PROBE_SIDE = 128  # pixels; the deepest autoencoder of images halves seven times at most
+
+
+class FrozenAutoencoder:
+    """An autoencoder folder that diffusers can load, in eval mode and without gradients.
+
+    `AutoencoderKL` and its kin give a posterior; `AutoencoderTiny`, `AutoencoderDC`, `VQModel` and
+    others give latents alone, which then are their own mode.
+
+    Args:
+        path: an exported folder, or any image autoencoder of diffusers' on disk.
+        device: CUDA where there is one, when left out.
+        precision: of weights and activations: `fp32`, `bf16` or `fp16`.
+
+    Attributes:
+        network: diffusers' object.
+        downsampling: the factor between the side of a picture and the side of its latents.
+        channels: of the latents.
+        scaling: the numbers of its config that scale latents.
+
+    Raises:
+        UserError: there is no such folder, or it is no autoencoder of pictures.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: torch.device | str | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.path = Path(path)
+        self.precision = precision
+        self.device = torch.device(device or default_device())
+        self.network = _load(self.path, PRECISIONS[precision]).to(self.device)
+        for module in self.network.modules():  # faster on CPUs and GPUs alike
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.scaling = LatentScaling.of(self.network)  # pyright: ignore
+        self.downsampling, self.channels = self._probe()
+
+    @property
+    def class_name(self) -> str:
+        """The name of diffusers' class."""
+        return type(self.network).__name__
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and log-variance of the posterior, fp32, each of shape (B, c, h, w).
+
+        Sides that the factor does not divide are padded by their last pixels. Autoencoders without
+        a posterior give no log-variance.
+
+        Args:
+            images: of shape (B, 3, H, W), in [-1, 1].
+        """
+        height, width = images.shape[-2:]
+        pad = (-width % self.downsampling, -height % self.downsampling)
+        if any(pad):
+            images = F.pad(images, (0, pad[0], 0, pad[1]), mode="replicate")
+        images = images.to(self.device, PRECISIONS[self.precision])
+        images = images.contiguous(memory_format=torch.channels_last)
+        return posterior_of(self.network.encode(images))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Pictures of shape (B, 3, H, W), fp32, nominally in [-1, 1], not clamped.
+
+        Args:
+            latents: raw, of shape (B, c, h, w).
+            size: height and width to cut to, where `encode` has padded.
+        """
+        latents = latents.to(self.device, PRECISIONS[self.precision])
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        decoded = self.network.decode(latents).sample.float()
+        return decoded if size is None else decoded[..., : size[0], : size[1]]
+
+    def bits(self, mean: Tensor, logvar: Tensor | None) -> Tensor:
+        """How many bits each code carries, of shape (B,).
+
+        With a codebook, log2 of its size a position. With a posterior, its KL from N(0, I): what
+        bits-back coding would send (Hinton & van Camp 1993; Townsend et al. 2019). At most, and
+        elsewhere, 16 a value: nobody has to store latents finer than that.
+        """
+        stored = torch.full((len(mean),), 16.0 * mean[0].numel(), device=mean.device)
+        if entries := self.network.config.get("num_vq_embeddings"):
+            return torch.full_like(stored, math.log2(entries) * mean[0, 0].numel())
+        if logvar is None:
+            return stored
+        return stored.minimum(gaussian_kl(mean, logvar).flatten(1).sum(1) / math.log(2))
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for a JSON file."""
+        return {
+            "path": str(self.path),
+            "class_name": self.class_name,
+            "weights_sha256": weights_sha256(self.path),
+            "downsampling": self.downsampling,
+            "latent_channels": self.channels,
+            "encoder_parameters": _count(getattr(self.network, "encoder", None)),
+            "decoder_parameters": _count(getattr(self.network, "decoder", None)),
+            **self.scaling.model_dump(),
+        }
+
+    def _probe(self) -> tuple[int, int]:
+        self.downsampling = 1
+        image = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE)
+        try:
+            mean, _ = self.encode(image)
+            decoded = self.decode(mean)
+        except Exception as error:  # a video's wants five dimensions, an audio's two, …
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{self.path} holds a {self.class_name}, which takes no pictures of shape "
+                f"(B, 3, H, W): {reason}"
+            ) from error
+        factor, rest = divmod(_PROBE_SIDE, mean.shape[-1])
+        if mean.ndim != 4 or rest or decoded.shape != image.shape:
+            raise UserError(
+                f"{self.path} holds a {self.class_name} that makes {tuple(decoded.shape)} of a "
+                f"picture of {tuple(image.shape)}: it is no autoencoder of pictures"
+            )
+        return factor, mean.shape[1]
+
+
+def posterior_of(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Mean and log-variance, fp32, each of shape (B, c, h, w), of what any `encode` returns.
+
+    Latents without a posterior come with None.
+
+    Raises:
+        TypeError: it holds neither.
+    """
+    if (posterior := getattr(output, "latent_dist", None)) is not None:
+        return split_moments(posterior.parameters)
+    for name in ("latents", "latent"):
+        if (found := getattr(output, name, None)) is not None:
+            return found.float(), None
+    raise TypeError(f"its encoder gives {type(output).__name__}")
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder} is no exported autoencoder: it has no config.json")
+    try:
+        name = json.loads(config.read_text())["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{config} is no config of diffusers") from error
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is None or not all(hasattr(kind, verb) for verb in ("encode", "decode")):
+        raise UserError(f"{folder} holds a {name}, which is no autoencoder of diffusers")
+    try:
+        network = kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,  # never a pickle
+        )
+    except Exception as error:  # diffusers', safetensors' and torch's
+        raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
+    return network.requires_grad_(False).eval()
+
+
+def _count(module: nn.Module | None) -> int | None:
+    return None if module is None else sum(p.numel() for p in module.parameters())
