@@ -69,8 +69,8 @@ def export_run(
 
     The scale is measured on training crops, and on a few of them whether fp16 is safe
     (`force_upcast`, with the evidence in `latent_ae.json`). The folder is written aside, loaded
-    again by stock diffusers and compared, then renamed into place. A run with an adversary leaves its
-    `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
+    again by stock diffusers and compared, then renamed into place. A run with an adversary leaves
+    its `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
     does not look at it.
 
     Args:

@@ -58,7 +58,15 @@ def test_the_whole_way_from_the_command_line(capsys, monkeypatch, tiny, photos, 
     _, err = go("export", tmp_path / "run", tmp_path / "ae", "--images", 4, "--statistics", "shift")
     assert "ignore shift_factor" in err.replace("\n", " ")
     folder = tmp_path / "measured"
-    measure = ["resolution=64", "--out", folder, "--json", tmp_path / "m.json"]
+    measure = [
+        "resolution=64",
+        "--name",
+        "measured",
+        "--out",
+        folder,
+        "--json",
+        tmp_path / "m.json",
+    ]
     out, err = go("evaluate", tmp_path / "ae", photos, *measure)
     assert "Lanczos" in out
     assert "force_upcast" in out

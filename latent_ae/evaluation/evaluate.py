@@ -105,11 +105,7 @@ def evaluate(
     size = batch_size if protocol.resolution else 1
     batches = evaluation_batches(
         source,
-        CenterCrop(
-            protocol.resolution,
-            protocol.resize,
-            frozen.downsampling if protocol.fit == "crop" else 1,
-        ),
+        _crop(protocol, frozen),
         batch_size=size,
         workers=workers,
         limit=protocol.images,
@@ -155,6 +151,11 @@ def _place(device: torch.device | str | None) -> tuple[int, int, torch.device]:
         own = state.device if device is None else device
         return state.process_index, state.num_processes, torch.device(own)  # pyright: ignore
     return 0, 1, torch.device(device or default_device())
+
+
+def _crop(protocol: Protocol, frozen: FrozenAutoencoder) -> CenterCrop:
+    multiple = frozen.downsampling if protocol.fit == "crop" else 1
+    return CenterCrop(protocol.resolution, protocol.resize, multiple)
 
 
 def _writable(folder: Path) -> Path:

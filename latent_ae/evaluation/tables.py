@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from latent_ae.evaluation.result import Evaluation
@@ -15,18 +16,18 @@ __all__ = ["latents_table", "reconstruction_table", "warnings_of"]
 _METRICS = {
     "psnr": ("PSNR ↑", 2),
     "ssim": ("SSIM ↑", 3),
-    "ms_ssim": ("MS-SSIM ↑", 3),
+    "ms_ssim": ("MS-\nSSIM ↑", 3),
     "lpips": ("LPIPS ↓", 3),
-    "lpips_vgg": ("LPIPS vgg ↓", 3),
+    "lpips_vgg": ("LPIPS ↓\nvgg", 3),
 }
 
 
 def reconstruction_table(results: Sequence[Evaluation]) -> Table:
-    """A row for each autoencoder, with half the width of its 95 % interval, and its references."""
+    """A row for each autoencoder, below each mean half its 95 % interval; then its references."""
     names = [name for name in _METRICS if any(name in result.metrics for result in results)]
     frechet = next((r.content["frechet"] for r in results if r.content["frechet"]), None)
-    table = Table()
-    table.add_column("")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)  # within 80 columns
+    table.add_column("", overflow="fold")
     for name in names:
         table.add_column(_METRICS[name][0], justify="right", no_wrap=True)
     if frechet:
@@ -46,17 +47,17 @@ def reconstruction_table(results: Sequence[Evaluation]) -> Table:
                 cells.append(_number(row["frechet"], 3))
             bits = row["bits_per_image"]
             values = f"{model['values_per_image']:,.0f}" if bits is None else ""
-            table.add_row(f"  {row['name']}", *cells, values, _number(bits and bits / 1000, 1))
+            table.add_row(row["name"], *cells, values, _number(bits and bits / 1000, 1))
         table.add_section()
     return table
 
 
 def latents_table(results: Sequence[Evaluation]) -> Table:
     """What the latent space is like, a column for each autoencoder."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("latent space")
     for result in results:
-        table.add_column(result.name, justify="right")
+        table.add_column(result.name, justify="right", overflow="fold")
     facts = [_facts(result.content) for result in results]
     for title in facts[0]:
         table.add_row(title, *(fact.get(title, "–") for fact in facts))
@@ -124,7 +125,7 @@ def _cell(name: str, means: dict[str, float], intervals: dict[str, Any]) -> str:
     if mean is None or name not in intervals:
         return _number(mean, digits)
     low, high = intervals[name]
-    return f"{mean:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+    return f"{mean:.{digits}f}\n±{(high - low) / 2:.{digits}f}"
 
 
 def _number(value: float | None, digits: int) -> str:
