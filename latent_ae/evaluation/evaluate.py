@@ -91,8 +91,8 @@ def evaluate(
     folder = None if out is None else _writable(Path(out))
     data = data if isinstance(data, SourceConfig) else source_of(data)
     source = open_source(data)
-    frozen = FrozenAutoencoder(model, device, protocol.precision)
     frechet = _frechet(protocol, feature_network, frechet_weights, device)
+    frozen = FrozenAutoencoder(model, device, protocol.precision)
     measurement = Measurement(
         frozen,
         protocol,
@@ -103,15 +103,8 @@ def evaluate(
         gallery=(max(pictures, probes), pictures) if folder else (probes, 0),
     )
     size = batch_size if protocol.resolution else 1
-    batches = evaluation_batches(
-        source,
-        _crop(protocol, frozen),
-        batch_size=size,
-        workers=workers,
-        limit=protocol.images,
-        rank=rank,
-        world=world,
-    )
+    options = {"batch_size": size, "workers": workers, "rank": rank, "world": world}
+    batches = evaluation_batches(source, _crop(protocol, frozen), limit=protocol.images, **options)
     with full_precision():
         for batch in _tracked(batches, source, protocol, size * world, rank, console):
             measurement.update(batch)
@@ -119,11 +112,11 @@ def evaluate(
         _require_some(gathered, frozen)
         result = _result(frozen, protocol, gathered, frechet, data.path, name or Path(model).name)
         if rank == 0:
-            probes = 0 if quick else probes
-            _look(result, frozen, gathered, folder, probes=probes, pictures=pictures)
-    seconds = {"all": time.perf_counter() - began, "model": gathered.model_seconds}
-    result.content["seconds"] = seconds
-    if folder is not None and rank == 0:
+            few = {"probes": 0 if quick else probes, "pictures": pictures}
+            _look(result, frozen, gathered, folder, **few)
+    seconds = time.perf_counter() - began
+    result.content["seconds"] = {"all": seconds, "model": gathered.model_seconds}
+    if folder and rank == 0:
         result.save(folder)
     return result
 
