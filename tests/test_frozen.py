@@ -131,7 +131,8 @@ def test_lower_precision_is_near(tmp_path, precision):
     exact, low = FrozenAutoencoder(tmp_path), FrozenAutoencoder(tmp_path, precision=precision)
     a, b = (frozen.decode(frozen.encode(images)[0]) for frozen in (exact, low))
     assert b.dtype == torch.float32
-    assert 0 < (a - b).abs().max() < 0.1
+    assert 0 < (a - b).abs().max() < 0.3
+    assert (a - b).square().mean().sqrt() < 0.02
 
 
 @pytest.fixture

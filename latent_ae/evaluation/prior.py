@@ -37,7 +37,7 @@ def sliced_wasserstein(vectors: Tensor, seed: int = 0) -> float:
     return (projected - quantiles).square().mean().sqrt().item()
 
 
-def negentropy(values: Tensor, bins: int = 64) -> float:
+def negentropy(values: Tensor, bins: int = 200) -> float:
     """How far, in nats, a distribution is from the normal one of its own mean and variance.
 
     KL(q ‖ N(m, v)) of a histogram over ± 5 standard deviations, less the bias of its sampling
