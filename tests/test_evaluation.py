@@ -246,6 +246,13 @@ def test_names_and_order_of_pictures_do_not_matter_to_the_hash(exported, photos,
     assert other.content["data"]["pixels_sha256"] == result.content["data"]["pixels_sha256"]
 
 
+def test_nothing_measured_is_overwritten(exported, photos, result_folder):
+    before = {path: path.read_bytes() for path in result_folder.rglob("*.*")}
+    with pytest.raises(UserError, match="holds a result already"):
+        evaluate(exported, photos, SMALL, out=result_folder)
+    assert {path: path.read_bytes() for path in result_folder.rglob("*.*")} == before
+
+
 def test_wrong_input(exported, photos, tmp_path):
     with pytest.raises(UserError, match="no exported autoencoder"):
         evaluate(tmp_path, photos)

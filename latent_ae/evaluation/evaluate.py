@@ -82,8 +82,8 @@ def evaluate(
         console: where progress is shown; nothing is, when left out.
 
     Raises:
-        UserError: no such model, data or protocol, weights that cannot be had, no picture that can
-            be read, or none whose reconstruction is finite.
+        UserError: no such model, data or protocol, `out` holds something else, weights that cannot
+            be had, no picture that can be read, or none whose reconstruction is finite.
     """
     began = time.perf_counter()
     rank, world, device = _place(device)
@@ -153,10 +153,12 @@ def _crop(protocol: Protocol, frozen: FrozenAutoencoder) -> CenterCrop:
 
 def _writable(folder: Path) -> Path:
     """The folder, made now: what cannot be written is better known before the work."""
+    if (folder / "evaluation.json").exists():
+        raise UserError(f"{folder} holds a result already; remove it or choose another folder")
     strangers = [
         item.name
         for item in (folder.iterdir() if folder.is_dir() else [])
-        if item.name not in ("evaluation.json", "per_image.parquet", "pictures", "report.html")
+        if item.name not in (".per_image.tmp", "per_image.parquet", "pictures")
     ]
     if strangers:
         raise UserError(f"{folder} holds other files ({strangers[0]}); choose another folder")
