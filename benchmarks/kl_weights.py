@@ -119,12 +119,16 @@ def train_denoiser(run, crops, steps):
 
 def measure(run, weight, held_out, runs):
     """One autoencoder's column: reconstruction and latent space, then its denoiser."""
-    from latent_ae import evaluate
+    from latent_ae import Evaluation, evaluate
 
     kept = run / "row.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    result = evaluate(run / "autoencoder", held_out, out=run / "evaluation", name=f"{weight:g}")
+    folder, name = run / "evaluation", f"{weight:g}"
+    if (folder / "evaluation.json").exists():
+        result = Evaluation.load(folder)
+    else:
+        result = evaluate(run / "autoencoder", held_out, out=folder, name=name, pictures=0)
     latents, probes = result.content["latents"], result.content["probes"]
     scaled = latents["aggregate"]["scaled_sliced_wasserstein_patch"]
     row = {
@@ -176,7 +180,10 @@ def explained(run, crops):
 
 @torch.no_grad()
 def drawn(run, crops):
-    """Fréchet distances (AlexNet) of 1,000 draws, and of reconstructions, to the crops learned."""
+    """Fréchet distances (AlexNet) to 1,000 of the crops that the denoiser has learned.
+
+    Of 1,000 draws, of the crops' reconstructions, and of 1,000 other crops of the same photographs.
+    """
     from diffusers import DiffusionPipeline
 
     from latent_ae.data import evaluation_batches, normalize, source_of, to_uint8
@@ -187,11 +194,12 @@ def drawn(run, crops):
     pipeline.set_progress_bar_config(disable=True)
     frozen = FrozenAutoencoder(run / "autoencoder")
     distance = FrechetDistance(FEATURE_NETWORKS["alexnet"](None))
-    batches = list(evaluation_batches(source_of(crops), SIDE, batch_size=BATCH))
-    chosen = np.random.default_rng(0).permutation(len(batches) - 1)  # the last one is smaller
-    count, kept = DRAWS // BATCH, []
-    for i in range(count):
-        images = batches[chosen[i]].images
+    batches = evaluation_batches(source_of(crops), SIDE, batch_size=BATCH)
+    pixels = torch.cat([batch.images for batch in batches])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(pixels)))
+    kept = []
+    for i, places in enumerate(order[:DRAWS].split(BATCH)):
+        images, others = pixels[places], pixels[order[DRAWS + i * BATCH :][:BATCH]]
         generator = torch.Generator().manual_seed(i)
         drawings = pipeline(
             batch_size=BATCH,
@@ -201,7 +209,6 @@ def drawn(run, crops):
         ).images
         drawings = to_uint8(2 * drawings - 1)
         reconstruction = to_uint8(frozen.decode(frozen.encode(normalize(images))[0]))
-        others = batches[chosen[count + i]].images
         named = {"draws": drawings, "reconstruction": reconstruction, "other crops": others}
         distance.update(images, named)
         kept.append(drawings)

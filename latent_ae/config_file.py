@@ -59,20 +59,22 @@ def load_protocol(name: str | Path, overrides: list[str] | None = None) -> Proto
     if str(name) in PROTOCOLS:
         content = PROTOCOLS[str(name)].model_dump()
     elif Path(name).suffix in (".yaml", ".yml"):
-        content = _read(Path(name))
+        content = {"name": Path(name).stem, **_read(Path(name))}
     else:
         raise UserError(
             f"protocol {str(name)!r} is unknown; valid: {', '.join(PROTOCOLS)}, or a YAML file"
         )
-    before = dict(content)
+    where = f"protocol {name}"
+    before, changes = _parse(Protocol, dict(content), where), {}
     for override in overrides or []:
-        _apply_override(content, override)
-    if content.get("resolution", 0) is None:
+        _apply_override(changes, override)
+    content |= changes
+    if "resolution" in changes and changes["resolution"] is None and "resize" not in changes:
         content["resize"] = "none"
-    changed = [key for key in content if key != "name" and content[key] != before.get(key)]
-    if changed and content.get("name") == before.get("name"):
-        content["name"] = f"{content.get('name', Path(name).stem)}, changed"
-    return _parse(Protocol, content, where=f"protocol {name}")
+    after = _parse(Protocol, content, where)
+    if after != before and after.name == before.name:
+        return after.model_copy(update={"name": f"{after.name}, changed"})
+    return after
 
 
 def _read(path: Path) -> dict[str, Any]:

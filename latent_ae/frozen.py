@@ -129,6 +129,8 @@ class FrozenAutoencoder:
         try:
             mean, _ = self.encode(image)
             decoded = self.decode(mean)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a video's wants five dimensions, an audio's two, …
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(

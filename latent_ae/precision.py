@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.autoencoder import full_precision
 from latent_ae.frozen import posterior_of
 
 __all__ = ["LowPrecision", "PrecisionEvidence", "measure_precision"]
@@ -59,12 +60,13 @@ class PrecisionEvidence:
         return max(self.layers.items(), key=lambda item: (math.isnan(item[1]), item[1]))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; what is not finite is None, as JSON has no NaN."""
         name, value = self.largest
+        finite = {key: size if math.isfinite(size) else None for key, size in self.layers.items()}
         return {
-            "largest_activation": value,
+            "largest_activation": value if math.isfinite(value) else None,
             "largest_layer": name,
-            "layers": [{"name": key, "largest": size} for key, size in self.layers.items()],
+            "layers": [{"name": key, "largest": size} for key, size in finite.items()],
             "fp16": asdict(self.fp16),
             "bf16": asdict(self.bf16),
             "force_upcast": self.force_upcast,
@@ -80,12 +82,13 @@ def measure_precision(network: Any, images: Tensor) -> PrecisionEvidence:
         network: an autoencoder of diffusers' in fp32.
         images: of shape (B, 3, H, W), in [-1, 1], on its device, of sides that its factor divides.
     """
-    layers, exact = _largest_activations(network, images)
     low = {}
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        # torch's own `to`: diffusers' warns of layers that it would keep in fp32, even of none.
-        smaller = nn.Module.to(copy.deepcopy(network), dtype)
-        low[name] = _difference(_reconstruct(smaller, images.to(dtype)), exact)
+    with full_precision():  # TF32 is as rough as fp16, which it would have to judge
+        layers, exact = _largest_activations(network, images)
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            # torch's own `to`: diffusers' warns of layers that it would keep in fp32, even of none.
+            smaller = nn.Module.to(copy.deepcopy(network), dtype)
+            low[name] = _difference(_reconstruct(smaller, images.to(dtype)), exact)
     evidence = PrecisionEvidence(layers, low["fp16"], low["bf16"], False, "")
     evidence.force_upcast, evidence.reason = _verdict(evidence)
     return evidence

@@ -112,6 +112,7 @@ def test_config_prints_what_reads_back_and_what_it_means(capsys, monkeypatch, ti
         (["evaluate", "none", ".", "resolutoin=1"], "did you mean 'resolution'"),
         (["compare", "none"], "there is no folder none to compare"),
         (["compare", "."], "give --data"),
+        (["compare", ".", "resolution=64"], "a protocol is for measuring"),
         (["compare", "resolution=64"], "name at least one result folder"),
         (["encode", "none", ".", "out"], "none is no exported autoencoder"),
         (["decode", "none", "out"], "none is no finished latents folder"),

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,11 +135,15 @@ def test_sizes_that_the_factor_does_not_divide(exported, photos, fit):
 
 def test_pictures_at_their_own_size(exported, photos, tmp_path):
     protocol = Protocol(name="native", resolution=None, resize="none")
-    result = evaluate(exported, photos, protocol, out=tmp_path / "out", probes=2)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    photograph("coffee").resize((200, 24)).save(mixed / "z-icon.png")  # no metric fits into it
+    result = evaluate(exported, mixed, protocol, out=tmp_path / "out", probes=2)
     sizes = {(row["width"], row["height"]) for row in result.per_image.to_pylist()}
     assert len(sizes) > 1
     assert math.isfinite(result.metrics["psnr"])
     assert result.content["latents"]["active_units"] is None  # units of other sizes are other units
+    assert [skip["key"] for skip in result.content["data"]["skipped"]] == ["z-icon.png"]
     shown = result.content["pictures"]["shown"][0]
     with Image.open(tmp_path / "out" / shown["input"]) as picture:
         assert picture.size == (144, 144)
@@ -239,6 +244,30 @@ def test_a_stored_result_is_not_measured_again(exported, photos, tmp_path, monke
         compare([exported], photos, Protocol(resolution=72), **options)
 
 
+def test_a_stored_result_of_other_questions_is_not_taken(exported, photos, tmp_path):
+    options = {"out": tmp_path / "out", "quick": True, "references": ()}
+    compare([exported], photos, SMALL, **options)
+    with pytest.raises(UserError, match="holds a result already"):
+        compare([exported], photos, SMALL, **{**options, "references": ("Lanczos",)})
+    other = SourceConfig(path=str(photos), split="validation")
+    with pytest.raises(UserError, match="holds a result already"):
+        compare([exported], other, SMALL, **options)
+
+
+def test_any_module_gives_features_and_is_named(exported, photos, result_folder):
+    class Colours(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, images):
+            return images.float().mean((2, 3))
+
+    own = {"feature_network": Colours(), "quick": True, "references": ()}
+    frechet = evaluate(exported, photos, SMALL, **own).content["frechet"]
+    assert (frechet["network"], frechet["features"]) == ("Colours", 3)
+    with pytest.raises(UserError, match="networks or weights"):
+        compare([result_folder, exported], photos, SMALL, **own)
+
+
 def test_names_and_order_of_pictures_do_not_matter_to_the_hash(exported, photos, tmp_path, result):
     for i, name in enumerate(reversed(NAMES)):
         (tmp_path / f"{i}.png").write_bytes((photos / f"{name}.png").read_bytes())
@@ -286,6 +315,7 @@ def test_two_processes_measure_what_one_does(result, exported, photos, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("PSNR ↑") == 1
     two = Evaluation.load(tmp_path / "out")
+    assert two.content["processes"] == 2
     assert two.metrics == pytest.approx(result.metrics, rel=1e-5)
     assert two.intervals["psnr"] == pytest.approx(result.intervals["psnr"], rel=1e-5)
     assert two.content["frechet"]["distance"] == pytest.approx(

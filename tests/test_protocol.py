@@ -24,7 +24,7 @@ def test_a_change_is_named():
     assert changed.resolution == 512
     assert changed.lpips == ("vgg",)
     assert changed.name == "photos256, changed"
-    assert load_protocol("photos256", ["resolution=256"]).name == "photos256"
+    assert load_protocol("photos256", ["resolution=256", "lpips=[alex]"]).name == "photos256"
     assert load_protocol("photos256", ["resolution=null"]).resize == "none"
 
 
@@ -32,6 +32,9 @@ def test_a_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nresolution: 128\ncode: sample\n")
     assert load_protocol(file) == Protocol(name="mine", resolution=128, code="sample")
+    file.write_text("resolution: 128\n")
+    assert load_protocol(file).name == "mine"
+    assert Protocol(resolution=128).name == "custom"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,7 @@ def test_a_file(tmp_path):
         ("photos256", ["resolution=16"], "greater than or equal to 32"),
         ("photos256", ["lpips=[alex, alex]"], "each backbone once"),
         ("photos256", ["frechet=clip"], "valid: 'alexnet'"),
+        ("native", ["resize=lanczos"], "nothing is resized"),
         ("photos256", ["resolution"], "not of the form key=value"),
     ],
 )

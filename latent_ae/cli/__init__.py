@@ -25,8 +25,9 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         print(
-            "error: the GPU's memory is too small for this; lower data.batch_size (and raise "
-            "training.accumulation), or set training.gradient_checkpointing=true: "
+            "error: the GPU's memory is too small for this; lower the batch size (`--batch-size`; "
+            "for training data.batch_size, with a higher training.accumulation, or set "
+            "training.gradient_checkpointing=true): "
             f"{str(error).splitlines()[0]}",
             file=sys.stderr,
         )

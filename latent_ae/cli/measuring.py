@@ -19,6 +19,7 @@ from latent_ae.cli.app import (
     require_writable,
     stderr,
 )
+from latent_ae.errors import UserError
 
 if TYPE_CHECKING:
     from latent_ae.evaluation import Evaluation
@@ -44,6 +45,10 @@ References = Annotated[
     bool,
     typer.Option(help="Measure Lanczos, JPEG and WebP at as many values or bits beside it."),
 ]
+Probes = Annotated[int, typer.Option(help="Pictures for what takes more passes.", min=1)]
+Pictures = Annotated[
+    int, typer.Option(help="How many of the first and of the worst to keep in --out.", min=0)
+]
 FrechetWeights = Annotated[
     str | None, typer.Option(help="File with the weights of the Fréchet distance's network.")
 ]
@@ -68,6 +73,8 @@ def evaluate(
     out: Out = None,
     quick: Quick = False,
     references: References = True,
+    probes: Probes = 8,
+    pictures: Pictures = 8,
     batch_size: BatchSize = 8,
     workers: Workers = 0,
     source: Source = None,
@@ -100,6 +107,8 @@ def evaluate(
         name=name,
         quick=quick,
         references=REFERENCES if references else (),
+        probes=probes,
+        pictures=pictures,
         batch_size=batch_size,
         workers=workers,
         frechet_weights=frechet_weights,
@@ -135,6 +144,8 @@ def compare(
     ] = None,
     quick: Quick = False,
     references: References = True,
+    probes: Probes = 8,
+    pictures: Pictures = 8,
     batch_size: BatchSize = 8,
     workers: Workers = 0,
     source: Source = None,
@@ -145,7 +156,8 @@ def compare(
     """Measure or read several autoencoders and put them into one table and one report.
 
     Refused unless all were measured by the same protocol on the same pixels, told by a hash of
-    them. Results that lie in --out already and match are not measured again.
+    them. Results that lie in --out already are not measured again if model, protocol, data's path
+    and options match; pictures that changed in place are not noticed.
     """
     from latent_ae.config_file import load_protocol
     from latent_ae.data import source_of
@@ -157,20 +169,24 @@ def compare(
     options: dict[str, Any] = {
         "quick": quick,
         "references": REFERENCES if references else (),
+        "probes": probes,
+        "pictures": pictures,
         "batch_size": batch_size,
         "workers": workers,
         "frechet_weights": frechet_weights,
         "lpips_weights": lpips_weights,
         "console": stderr(),
     }
-    pictures = None if data is None else source_of(data, source, split)
+    where = None if data is None else source_of(data, source, split)
     rule = load_protocol(protocol, changes)
-    results, where = run(folders, pictures, rule, out=out, **options)
+    if folders and data is None and rule != load_protocol("photos256"):
+        raise UserError("a protocol is for measuring: give --data, or leave it out")
+    results, made = run(folders, where, rule, out=out, **options)
     if not is_main_process():
         return
     _tell(results)
     if out is not None:
-        _report(where, out)
+        _report(made, out)
 
 
 def _report(folders: list[Path], out: Path) -> None:

@@ -17,7 +17,7 @@ Lpips = Literal["alex", "vgg"]
 class Protocol(Section):
     """A way to measure. The pictures themselves are told apart by a hash of their pixels."""
 
-    name: str = "photos256"
+    name: str = "custom"
     """What to call it; a changed protocol is called after the one it began as."""
     resolution: PositiveInt | None = Field(default=256, ge=SMALLEST_MEASURED)
     """Shorter side after the resize, and side of the centre crop, in pixels; null: each picture at
@@ -76,7 +76,7 @@ _RESIZES = {"lanczos": "Lanczos", "bicubic": "bicubic", "adm": "halving and bicu
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol(),
+        Protocol(name="photos256"),
         Protocol(name="native", resolution=None, resize="none"),
         Protocol(
             name="imagenet256-val50k",

@@ -85,9 +85,9 @@ def read_sample(
     key = source.key(row, position)
     try:
         picture = decode_image(row[source.image_column])
+        image = transform(picture)
     except UnreadableImage as error:
         return Skipped(key, str(error))
-    image = transform(picture)
     size = (picture.width, picture.height)
     return Sample(image, key, _label(row), _caption(row), *size, position)
 

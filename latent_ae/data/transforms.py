@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latent_ae.config import SMALLEST_MEASURED
+from latent_ae.data.decoding import UnreadableImage
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -93,7 +96,10 @@ class CenterCrop:
     multiple: int = 1
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Returns uint8 of shape (3, H, W)."""
+        """Returns uint8 of shape (3, H, W); raises `UnreadableImage` if too small to measure."""
+        if self.resolution is None and min(picture.size) < SMALLEST_MEASURED:
+            width, height = picture.size
+            raise UnreadableImage(f"{width} × {height} is below {SMALLEST_MEASURED} pixels")
         if self.resolution is not None:
             picture = RESIZES[self.resize](picture, self.resolution)
             picture = _crop_at(picture, (self.resolution, self.resolution))

@@ -30,6 +30,7 @@ from latent_ae.evaluation.result import (
     per_image_table,
     pixels_digest,
     reference_rows,
+    what_is_asked,
 )
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.metrics import ReconstructionMetrics
@@ -110,7 +111,12 @@ def evaluate(
             measurement.update(batch)
         gathered, frechet = _together(measurement, frechet, world)
         _require_some(gathered, frozen)
-        result = _result(frozen, protocol, gathered, frechet, data.path, name or Path(model).name)
+        asked = what_is_asked(data, quick, references, frechet_weights, lpips_weights)
+        result = _result(frozen, protocol, gathered, frechet, name or Path(model).absolute().name)
+        result.content |= {"asked": asked, "processes": world}
+        result.content["data"]["path"] = data.path
+        if folder and rank == 0:
+            result.save(folder)  # what follows may fail, such as for memory
         if rank == 0:
             few = {"probes": 0 if quick else probes, "pictures": pictures}
             _look(result, frozen, gathered, folder, **few)
@@ -140,7 +146,8 @@ def _place(device: torch.device | str | None) -> tuple[int, int, torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        state = PartialState()
+        # Without `cpu` it would take processes on CPUs for so many single ones.
+        state = PartialState(cpu=not torch.cuda.is_available())
         own = state.device if device is None else device
         return state.process_index, state.num_processes, torch.device(own)  # pyright: ignore
     return 0, 1, torch.device(device or default_device())
@@ -173,7 +180,10 @@ def _frechet(
 ) -> FrechetDistance | None:
     if network is None and protocol.frechet is None:
         return None
-    return FrechetDistance(network or FEATURE_NETWORKS[str(protocol.frechet)](weights), device)
+    if network is not None:
+        return FrechetDistance(network, device, type(network).__name__)
+    name = str(protocol.frechet)
+    return FrechetDistance(FEATURE_NETWORKS[name](weights), device, name)
 
 
 def _tracked(
@@ -202,7 +212,7 @@ def _together(
 
     first, *others = gather_object([own])  # all processes' shares, in the order of their ranks
     if frechet is not None:
-        frechet = FrechetDistance(frechet.network, frechet.device)
+        frechet = FrechetDistance(frechet.network, frechet.device, frechet.name)
         for share in (first, *others):
             frechet.merge(share.frechet)
     for other in others:
@@ -227,7 +237,6 @@ def _result(
     protocol: Protocol,
     gathered: Gathered,
     frechet: FrechetDistance | None,
-    data: str,
     name: str,
 ) -> Evaluation:
     good = [row for row in gathered.rows if row["finite"]]
@@ -235,8 +244,7 @@ def _result(
     distance = None
     if frechet is not None:
         found = frechet.compute(MODEL)
-        network = protocol.frechet or type(frechet.network).__name__
-        distance = {"network": network, **vars(found)}
+        distance = {"network": frechet.name, **vars(found)}
         for row in rows:
             row["frechet"] = frechet.compute(row["name"]).distance
     mean_of = {name: sum(row[name] for row in good) / len(good) for name in ("values", "bits")}
@@ -251,7 +259,6 @@ def _result(
         "machine": _machine(frozen.device),
         "protocol": protocol.model_dump(mode="json"),
         "data": {
-            "path": data,
             "images": len(gathered.rows),
             "pixels_sha256": pixels_digest(gathered.rows),
             "skipped": [vars(skip) for skip in gathered.skipped],
@@ -267,6 +274,9 @@ def _result(
         "frechet": distance,
         "references": rows,
         "latents": gathered.latents.summary(frozen.scaling) if gathered.latents else None,
+        "probes": None,
+        "precision": None,
+        "pictures": {},
     }
     return Evaluation(name, protocol, content, per_image_table(gathered.rows))
 

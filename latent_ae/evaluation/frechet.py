@@ -204,8 +204,10 @@ class FrechetDistance:
     reconstructions, rFID. Features are computed in fp32 and gathered in float64.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
-        self.network = network.to(device)
+    def __init__(
+        self, network: nn.Module, device: torch.device | str = "cpu", name: str = "features"
+    ) -> None:
+        self.network, self.name = network.to(device), name
         self.device = torch.device(device)
         self.num_features = int(self.network.num_features)  # pyright: ignore
         self._real = self._empty()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Gallery", "Shown", "save_webp"]
+__all__ = ["Gallery", "Shown", "chosen", "save_webp"]
+
+T = TypeVar("T")
 
 THUMBNAIL = 48  # pixels
 THUMBNAILS = 128
@@ -45,14 +48,14 @@ class Gallery:
 
     def add(self, shown: Shown) -> None:
         """Looks at a picture and keeps what is worth it."""
-        if shown.position < THUMBNAILS:
-            self.thumbnails[shown.position] = _thumbnail(shown.image)
+        self.thumbnails[shown.position] = _thumbnail(shown.image)
+        self.thumbnails = chosen(self.thumbnails, THUMBNAILS)
         self.first = sorted([*self.first, shown], key=lambda s: s.position)[: self.count]
         self.worst = sorted([*self.worst, shown], key=_badness)[: self.worst_count]
 
     def merge(self, other: Gallery) -> None:
         """Adds what another process has kept."""
-        self.thumbnails |= other.thumbnails
+        self.thumbnails = chosen(self.thumbnails | other.thumbnails, THUMBNAILS)
         first = {s.position: s for s in [*self.first, *other.first]}
         self.first = [first[p] for p in sorted(first)][: self.count]
         worst = {s.position: s for s in [*self.worst, *other.worst]}
@@ -65,6 +68,18 @@ class Gallery:
             "shown": [_save(folder, f"shown-{i:03d}", s) for i, s in enumerate(shown)],
             "worst": [_save(folder, f"worst-{i:03d}", s) for i, s in enumerate(self.worst)],
         }
+
+
+def chosen(found: dict[int, T], most: int) -> dict[int, T]:
+    """At most so many of what was found, by position, in its order.
+
+    Which ones hangs on the positions alone, not on their order or share, and is spread over the
+    data: sorted by class, its beginning would be one class. A smaller choice lies in a larger one.
+    """
+    if len(found) > most:
+        kept = sorted(found, key=lambda position: blake2b(b"%d" % position).digest())[:most]
+        found = {position: found[position] for position in kept}
+    return dict(sorted(found.items()))
 
 
 def _badness(shown: Shown) -> tuple[float, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latent_ae.bottlenecks import LOGVAR_RANGE, gaussian_kl
+from latent_ae.evaluation.gallery import chosen
 from latent_ae.evaluation.prior import negentropy, sliced_wasserstein
 from latent_ae.evaluation.spectrum import Spectrum
 from latent_ae.scaling import LatentScaling
@@ -39,8 +40,8 @@ class LatentSpace:
         self.unit_sums: tuple[Tensor, Tensor] | None = None
         self.one_shape = True
         self.spectrum = Spectrum(channels)
-        self.patches: list[tuple[int, Tensor]] = []
-        self.codes: list[tuple[int, Tensor]] = []
+        # Pooled code and patches of chosen pictures, by position.
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
         self, mean: Tensor, logvar: Tensor | None, images: Tensor, positions: Sequence[int]
@@ -63,10 +64,9 @@ class LatentSpace:
         self.spectrum.update(mean, images.cpu())
         pooled = torch.nn.functional.adaptive_avg_pool2d(mean, SIDE).flatten(1)
         for i, position in enumerate(positions):
-            if position < KEPT:
-                self.codes.append((position, pooled[i]))
-                drawn = self._draw_patches(mean[i], logvar[i], position)
-                self.patches += [(position, patch) for patch in drawn]
+            drawn = self._draw_patches(mean[i], logvar[i], position)
+            self.kept[position] = (pooled[i].clone(), drawn)
+        self.kept = chosen(self.kept, KEPT)
 
     def merge(self, other: LatentSpace) -> None:
         """Adds what another process has gathered."""
@@ -80,8 +80,14 @@ class LatentSpace:
         if other.unit_sums is not None:
             self._add_unit_sums(*other.unit_sums)
         self.spectrum.merge(other.spectrum)
-        self.codes = sorted(self.codes + other.codes, key=lambda item: item[0])
-        self.patches = sorted(self.patches + other.patches, key=lambda item: item[0])
+        self.kept = chosen(self.kept | other.kept, KEPT)
+
+    def codes(self) -> tuple[list[int], Tensor]:
+        """Positions of at most 2,048 pictures, and their codes averaged to 4 × 4, a row each."""
+        return list(self.kept), torch.stack([code for code, _ in self.kept.values()])
+
+    def _patches(self) -> Tensor:
+        return torch.cat([patches for _, patches in self.kept.values()])
 
     def channel_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, posterior noise included, float64."""
@@ -111,9 +117,9 @@ class LatentSpace:
         }
 
     def _aggregate(self, scaling: LatentScaling, channels: list[dict[str, Any]]) -> dict[str, Any]:
-        patches = torch.stack([patch for _, patch in self.patches]) if self.patches else None
+        patches = self._patches()
         result: dict[str, Any] = {"prior_kl": sum(c["prior_kl"] for c in channels) / len(channels)}
-        if patches is None:
+        if not len(patches):
             return result
         scaled = scaling.to_final(patches)
         generator = torch.Generator().manual_seed(self.seed)
@@ -133,11 +139,7 @@ class LatentSpace:
         signal = (sums["square"] / count - mean.square()).clamp(min=0)
         share = signal / std.square().clamp(min=1e-30)
         gaussian = 0.5 * (mean.square() + std.square() - 1 - std.square().clamp(min=1e-30).log())
-        drawn = (
-            torch.stack([patch for _, patch in self.patches]).transpose(0, 1).flatten(1)
-            if self.patches
-            else torch.zeros(self.channels, 0)
-        )
+        drawn = self._patches().transpose(0, 1).flatten(1)
         active = self._active_by_channel()
         rows = []
         for c in range(self.channels):
@@ -194,18 +196,18 @@ class LatentSpace:
         else:
             self.unit_sums = (self.unit_sums[0] + total, self.unit_sums[1] + square)
 
-    def _draw_patches(self, mean: Tensor, logvar: Tensor, position: int) -> list[Tensor]:
+    def _draw_patches(self, mean: Tensor, logvar: Tensor, position: int) -> Tensor:
         height, width = mean.shape[-2:]
         if min(height, width) < SIDE:
-            return []
+            return torch.empty(0, self.channels, SIDE, SIDE)
         generator = torch.Generator().manual_seed((self.seed << 32) + position)
         noise = torch.randn(mean.shape, generator=generator)
         drawn = mean + (0.5 * logvar).exp() * noise if self.has_posterior else mean
-        top = torch.randint(height - SIDE + 1, (PATCHES,), generator=generator).tolist()
-        left = torch.randint(width - SIDE + 1, (PATCHES,), generator=generator).tolist()
-        return [
-            drawn[:, t : t + SIDE, u : u + SIDE].clone() for t, u in zip(top, left, strict=True)
-        ]
+        count = max(1, min(PATCHES, PATCHES * 16 // self.channels))  # many channels take memory
+        top = torch.randint(height - SIDE + 1, (count,), generator=generator).tolist()
+        left = torch.randint(width - SIDE + 1, (count,), generator=generator).tolist()
+        places = zip(top, left, strict=True)
+        return torch.stack([drawn[:, t : t + SIDE, u : u + SIDE] for t, u in places])
 
 
 def _channel_sums(mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:

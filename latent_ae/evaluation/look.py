@@ -28,6 +28,7 @@ __all__ = ["look_closer"]
 
 PRIOR_DRAWS = 8
 INTERPOLATIONS = 2
+LARGEST = 512  # pixels a side of what the probes look at
 FEW = 2  # pictures where every channel, or every precision, takes a pass of its own
 _UNSEEN = 0.05  # 8-bit levels; a channel that moves the picture less is dead
 
@@ -80,11 +81,11 @@ def note_effects(summary: dict[str, Any], effects: list[float]) -> None:
 
 def _map(gathered: Gathered) -> dict[str, Any] | None:
     """Where the codes of the pictures that have a thumbnail lie among all codes."""
-    if gathered.latents is None or len(gathered.latents.codes) < 2:
+    if gathered.latents is None or gathered.latents.images < 2:
         return None
-    points, shares = code_map(torch.stack([code for _, code in gathered.latents.codes]))
+    places, codes = gathered.latents.codes()
+    points, shares = code_map(codes)
     keys = {row["position"]: row["key"] for row in gathered.rows}
-    places = [position for position, _ in gathered.latents.codes]
     chosen = [i for i, place in enumerate(places) if place in gathered.gallery.thumbnails]
     return {
         "keys": [keys[places[i]] for i in chosen],
@@ -99,7 +100,9 @@ def _few_of_one_size(gathered: Gathered, factor: int, count: int) -> Tensor:
     if not shown:
         return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     step = 2 * factor if min(min(s.image.shape[-2:]) for s in shown) >= 2 * factor else factor
-    size = [min(s.image.shape[axis] for s in shown) // step * step for axis in (-2, -1)]
+    # One batch of them must fit, however large the pictures are.
+    sides = [min(LARGEST, *(s.image.shape[axis] for s in shown)) for axis in (-2, -1)]
+    size = [side // step * step for side in sides]
     if not min(size):
         return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     cut = []

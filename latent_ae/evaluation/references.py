@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ __all__ = [
     "lanczos_reduction",
 ]
 
-_THREADS = 2  # Pillow frees the interpreter's lock while it encodes
+# Pillow frees the interpreter's lock while it encodes; processes of one machine share its cores.
+_THREADS = max(1, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 # The size dips by a few bytes at some qualities. In photographs a dip is one step wide.
 _LOOK_AHEAD = 2
 

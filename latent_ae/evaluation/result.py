@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,12 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet
 import scipy.stats
 
-from latent_ae.config import Protocol
+from latent_ae.config import Protocol, SourceConfig
 from latent_ae.errors import UserError
 from latent_ae.evaluation.measurement import REFERENCES, Gathered
 from latent_ae.run_folder import write_whole
 
-__all__ = ["Evaluation", "intervals_of", "means_of", "pixels_digest"]
+__all__ = [
+    "Evaluation",
+    "intervals_of",
+    "means_of",
+    "per_image_table",
+    "pixels_digest",
+    "reference_rows",
+    "what_is_asked",
+]
 
 _RESAMPLES = 2000
 _NOT_METRICS = {"position", "key", "width", "height", "finite", "pixels", "kl_nats", "bits"} | {
@@ -150,6 +159,26 @@ def reference_rows(gathered: Gathered, seed: int) -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def what_is_asked(
+    data: SourceConfig,
+    quick: bool,
+    references: Sequence[str],
+    frechet_weights: str | None,
+    lpips_weights: str | None,
+) -> dict[str, Any]:
+    """Everything beside model and protocol that decides what a result holds."""
+    weights = {"frechet": frechet_weights, "lpips": lpips_weights}
+    return {
+        "source": data.model_dump(mode="json"),
+        "quick": quick,
+        "references": list(references),
+        "weights": {
+            name: sha256(Path(file).read_bytes()).hexdigest() if file else None
+            for name, file in weights.items()
+        },
+    }
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -79,6 +79,12 @@ def warnings_of(results: Sequence[Evaluation]) -> list[str]:
             sentences.append(
                 f"{result.name}: {len(keys)} unreadable pictures were skipped: {_some(keys)}"
             )
+        wanted = result.protocol.images
+        if wanted and data["images"] + len(data["skipped"]) < wanted:
+            sentences.append(
+                f"{result.name}: protocol {result.protocol.name} wants {wanted:,} pictures, and "
+                f"there were {data['images']:,}"
+            )
         for row in content["references"]:
             if row["too_small"]:
                 sentences.append(
