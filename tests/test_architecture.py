@@ -27,6 +27,7 @@ FLOORS = {
     "run_folder": 4,
     "frozen": 4,
     "memory": 4,
+    "processes": 4,
     "describe": 5,
     "precision": 5,
     "training": 6,

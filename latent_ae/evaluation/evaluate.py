@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from latent_ae.autoencoder import default_device, full_precision
+from latent_ae.autoencoder import full_precision
 from latent_ae.config import Protocol, SourceConfig
 from latent_ae.config_file import load_protocol
 from latent_ae.data import CenterCrop, evaluation_batches, open_source, source_of
@@ -34,6 +34,7 @@ from latent_ae.evaluation.result import (
 )
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.metrics import ReconstructionMetrics
+from latent_ae.processes import place
 
 __all__ = ["evaluate"]
 
@@ -87,7 +88,7 @@ def evaluate(
             be had, no picture that can be read, or none whose reconstruction is finite.
     """
     began = time.perf_counter()
-    rank, world, device = _place(device)
+    rank, world, device = place(device)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     folder = None if out is None else _writable(Path(out))
     data = data if isinstance(data, SourceConfig) else source_of(data)
@@ -139,18 +140,6 @@ def _look(
     if effects := closer.pop("channel_effects", None):
         note_effects(result.content["latents"], effects)
     result.content |= closer
-
-
-def _place(device: torch.device | str | None) -> tuple[int, int, torch.device]:
-    """This process's number, how many there are, and its device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        # Without `cpu` it would take processes on CPUs for so many single ones.
-        state = PartialState(cpu=not torch.cuda.is_available())
-        own = state.device if device is None else device
-        return state.process_index, state.num_processes, torch.device(own)  # pyright: ignore
-    return 0, 1, torch.device(device or default_device())
 
 
 def _crop(protocol: Protocol, frozen: FrozenAutoencoder) -> CenterCrop:

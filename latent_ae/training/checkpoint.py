@@ -21,8 +21,8 @@ from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import WEIGHTS_FILE
 from latent_ae.errors import UserError
 from latent_ae.losses import save_discriminator
+from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
-from latent_ae.training.processes import from_main
 from latent_ae.training.sharding import fill_, like_parameters, whole
 
 __all__ = ["Checkpoint"]

@@ -15,9 +15,10 @@ from rich.console import Console
 from latent_ae.config import Config
 from latent_ae.describe import describe
 from latent_ae.errors import UserError
+from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.loop import train
-from latent_ae.training.processes import from_main, refuse_other_run, start_accelerator
+from latent_ae.training.processes import refuse_other_run, start_accelerator
 from latent_ae.training.startup import show_facts
 
 __all__ = ["DryRun", "dry_run"]

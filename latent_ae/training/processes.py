@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from latent_ae.config import Config, DiscriminatorConfig
 from latent_ae.config_file import dump_yaml, load_config
 from latent_ae.errors import UserError
 from latent_ae.run_folder import RunFolder, write_whole
 
-__all__ = ["claim_folder", "from_main", "refuse_other_run", "start_accelerator"]
+__all__ = ["claim_folder", "refuse_other_run", "start_accelerator"]
 
-T = TypeVar("T")
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
 _FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
@@ -64,12 +58,6 @@ def start_accelerator(config: Config) -> Accelerator:
         # Accelerate would train on, without the scaling that keeps small gradients from vanishing.
         raise UserError("training.precision fp16 needs a GPU; take bf16 or fp32 on this machine")
     return accelerator
-
-
-def from_main(look: Callable[[], T]) -> T:
-    """What the main process sees, on every process; a collective."""
-    found = [look() if PartialState().is_main_process else None]
-    return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
 
 def refuse_other_run(folder: RunFolder, config: Config) -> None:

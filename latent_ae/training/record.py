@@ -6,8 +6,8 @@ import torch
 from rich.console import Console
 
 from latent_ae.errors import UserError
+from latent_ae.processes import from_main
 from latent_ae.training.log import RunLog
-from latent_ae.training.processes import from_main
 from latent_ae.training.run import Run
 from latent_ae.training.sharding import whole
 from latent_ae.training.validation import validate

@@ -20,10 +20,11 @@ from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.objective import Objective
+from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
-from latent_ae.training.processes import claim_folder, from_main, start_accelerator
+from latent_ae.training.processes import claim_folder, start_accelerator
 from latent_ae.training.sharding import shard_
 
 __all__ = ["Run", "prepare"]

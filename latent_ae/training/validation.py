@@ -14,8 +14,8 @@ from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.pictures import error_map, save_sheet
+from latent_ae.processes import from_main
 from latent_ae.training.checkpoint import averaged_state
-from latent_ae.training.processes import from_main
 from latent_ae.training.sharding import whole
 
 if TYPE_CHECKING:
