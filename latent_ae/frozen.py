@@ -37,6 +37,7 @@ class FrozenAutoencoder:
     Attributes:
         network: diffusers' object.
         downsampling: the factor between the side of a picture and the side of its latents.
+        has_posterior: whether its encoder gives a distribution, or latents alone.
         channels: of the latents.
         scaling: the numbers of its config that scale latents.
 
@@ -96,6 +97,30 @@ class FrozenAutoencoder:
         decoded = self.network.decode(latents).sample.float()
         return decoded if size is None else decoded[..., : size[0], : size[1]]
 
+    @property
+    def codebook_size(self) -> int:
+        """How many entries its codebook has; 0 without one."""
+        return int(self.network.config.get("num_vq_embeddings") or 0)
+
+    @torch.no_grad()
+    def indices(self, latents: Tensor) -> Tensor:
+        """The codebook entry nearest to each latent, int64 of shape (B, h, w).
+
+        Args:
+            latents: raw, before the quantizer, of shape (B, c, h, w).
+        """
+        quantize = self.network.quantize
+        *_, (_, _, found) = quantize(latents.to(self.device, PRECISIONS[self.precision]))
+        return found.reshape(len(latents), *latents.shape[-2:])
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Pictures of shape (B, 3, H, W) as `decode`, from codebook entries of shape (B, h, w)."""
+        indices = indices.to(self.device, torch.int64)
+        shape = (*indices.shape, self.network.config["vq_embed_dim"] or self.channels)
+        entries = self.network.quantize.get_codebook_entry(indices.reshape(-1), shape)
+        return self.network.decode(entries, force_not_quantize=True).sample.float()
+
     def bits(self, mean: Tensor, logvar: Tensor | None) -> Tensor:
         """How many bits each code carries, of shape (B,).
 
@@ -104,7 +129,7 @@ class FrozenAutoencoder:
         elsewhere, 16 a value: nobody has to store latents finer than that.
         """
         stored = torch.full((len(mean),), 16.0 * mean[0].numel(), device=mean.device)
-        if entries := self.network.config.get("num_vq_embeddings"):
+        if entries := self.codebook_size:
             return torch.full_like(stored, math.log2(entries) * mean[0, 0].numel())
         if logvar is None:
             return stored
@@ -127,7 +152,8 @@ class FrozenAutoencoder:
         self.downsampling = 1
         image = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE)
         try:
-            mean, _ = self.encode(image)
+            mean, logvar = self.encode(image)
+            self.has_posterior = logvar is not None
             decoded = self.decode(mean)
         except torch.OutOfMemoryError:
             raise

@@ -2,6 +2,7 @@
 
 from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
+from latent_ae.config.encoding import EncodingSource, Preprocessing, Storage
 from latent_ae.config.model import (
     AutoencoderConfig,
     BottleneckConfig,
@@ -23,12 +24,15 @@ __all__ = [
     "Config",
     "DataConfig",
     "DiscriminatorConfig",
+    "EncodingSource",
     "LossesConfig",
     "NetworkConfig",
     "PerceptualConfig",
+    "Preprocessing",
     "Protocol",
     "Section",
     "SourceConfig",
+    "Storage",
     "TrainingConfig",
     "ValidationConfig",
 ]

@@ -34,6 +34,9 @@ class SourceConfig(Section):
     """Which split of a `saved` or `hub` data set."""
     image_column: str | None = None
     """The column that holds the picture; found by its type when left out."""
+    filter: str | None = None
+    """Only the rows for which this expression over their columns holds, such as
+    `score > 5 and label != 3`."""
     streaming: bool = False
     """Read in order as it comes, without random access: for data that is too large to index."""
 

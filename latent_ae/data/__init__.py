@@ -1,6 +1,7 @@
 """Pictures in: sources, decoding, crops, batches."""
 
 from latent_ae.data.decoding import UnreadableImage, decode_image, to_rgb
+from latent_ae.data.filters import RowFilter
 from latent_ae.data.in_order import evaluation_batches
 from latent_ae.data.loader import TrainingStream, require_one_readable
 from latent_ae.data.samples import Batch, Sample, Skipped
@@ -14,11 +15,13 @@ from latent_ae.data.transforms import (
     to_tensor,
     to_uint8,
 )
+from latent_ae.data.variants import Variant, Variants
 
 __all__ = [
     "RESIZES",
     "SOURCES",
     "Batch",
+    "RowFilter",
     "CenterCrop",
     "Sample",
     "Skipped",
@@ -26,6 +29,8 @@ __all__ = [
     "TrainingCrop",
     "TrainingStream",
     "UnreadableImage",
+    "Variant",
+    "Variants",
     "decode_image",
     "evaluation_batches",
     "normalize",

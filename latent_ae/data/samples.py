@@ -89,24 +89,4 @@ def read_sample(
     except UnreadableImage as error:
         return Skipped(key, str(error))
     size = (picture.width, picture.height)
-    return Sample(image, key, _label(row), _caption(row), *size, position)
-
-
-def _label(row: dict[str, Any]) -> int | None:
-    """A class index by any of the names that data sets give it; `cls` is webdataset's."""
-    more = row.get("json")
-    for value in (row.get("label"), row.get("cls"), (more or {}).get("label")):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, str | bytes) and value.strip().isdigit():
-            return int(value)
-    return None
-
-
-def _caption(row: dict[str, Any]) -> str | None:
-    """A caption likewise; `txt` is webdataset's."""
-    more = row.get("json")
-    for value in (*map(row.get, ("caption", "text", "txt")), (more or {}).get("caption")):
-        if isinstance(value, str):
-            return value
-    return None
+    return Sample(image, key, source.label(row), source.caption(row), *size, position)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latent_ae.config import SourceConfig
+from latent_ae.config import EncodingSource, SourceConfig
+from latent_ae.data.filters import RowFilter
 from latent_ae.errors import UserError
 
 __all__ = ["SOURCES", "Source", "open_source", "source_of"]
@@ -28,15 +30,25 @@ class Source:
         image_column: the column of the picture.
         label_names: the classes in order, empty when there are none.
         root: the folder that keys are relative to, for sources of files.
+        key_column: of the name, where the config says it; likewise the next two.
+        label_column: of the class.
+        caption_column: of the text.
+        keep: other columns to carry along, with their Arrow types.
     """
 
     rows: Any
     image_column: str
     label_names: list[str]
     root: Path | None = None
+    key_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    keep: dict[str, Any] = field(default_factory=dict)
 
     def key(self, row: dict[str, Any], position: int) -> str:
         """A name for the row: its path below the root, its `__key__`, or its position."""
+        if self.key_column is not None:
+            return str(row[self.key_column])
         if "__key__" in row:
             return str(row["__key__"])
         value = row[self.image_column]
@@ -44,6 +56,38 @@ class Source:
         if path and self.root and Path(path).is_relative_to(self.root):
             return Path(path).relative_to(self.root).as_posix()
         return f"{position:09d}"
+
+    def label(self, row: dict[str, Any]) -> int | None:
+        """A class index by any of the names that data sets give it; `cls` is webdataset's."""
+        if self.label_column is not None:
+            values = [row[self.label_column]]
+        else:
+            values = [row.get("label"), row.get("cls"), (row.get("json") or {}).get("label")]
+        for value in values:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if isinstance(value, str | bytes) and value.strip().isdigit():
+                return int(value)
+            if isinstance(value, str) and value in self._label_places:
+                return self._label_places[value]
+        return None
+
+    def caption(self, row: dict[str, Any]) -> str | None:
+        """A caption likewise, the first of several; `txt` is webdataset's."""
+        if self.caption_column is not None:
+            values = [row[self.caption_column]]
+        else:
+            values = [*map(row.get, ("caption", "text", "txt"))]
+            values.append((row.get("json") or {}).get("caption"))
+        for value in values:
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, str):
+                return first
+        return None
+
+    @cached_property
+    def _label_places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.label_names)}
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -162,10 +206,52 @@ def _prepare(rows: Any, config: SourceConfig) -> Source:
         wanted = f"no column {column!r}" if column else "no column of pictures"
         raise UserError(f"{config.path} has {wanted}; its columns: {', '.join(features)}")
     rows = rows.cast_column(column, datasets.Image(decode=False))
-    label = features.get("label")
-    names = list(label.names) if isinstance(label, datasets.ClassLabel) else []
+    named = _named_columns(config, features)
+    if config.filter is not None:
+        rows = _filtered(rows, RowFilter(config.filter), features)
+    names = _label_names(rows, named.get("label_column"), features)
     root = Path(config.path).resolve() if config.source == "imagefolder" else None
-    return Source(rows, column, names, root)
+    return Source(rows, column, names, root, **named)
+
+
+def _named_columns(config: SourceConfig, features: Any) -> dict[str, Any]:
+    """What an `EncodingSource` says of columns, checked."""
+    if not isinstance(config, EncodingSource):
+        return {}
+    named = {k: getattr(config, k) for k in ("key_column", "label_column", "caption_column")}
+    for name in (*named.values(), *config.keep):
+        if name is not None and name not in features:
+            raise UserError(
+                f"{config.path} has no column {name!r}; its columns: {', '.join(features)}"
+            )
+    return named | {"keep": {name: features.arrow_schema.field(name).type for name in config.keep}}
+
+
+def _label_names(rows: Any, column: str | None, features: Any) -> list[str]:
+    import datasets
+
+    feature = features.get(column or "label")
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    words = column is not None and getattr(feature, "dtype", "") in ("string", "large_string")
+    if not words:
+        return []
+    if not hasattr(rows, "__len__"):
+        raise UserError(f"the labels in {column!r} are words, whose order no stream can know")
+    found = sorted(value for value in rows.unique(column) if value is not None)
+    return [] if all(value.strip().isdigit() for value in found) else found
+
+
+def _filtered(rows: Any, keep: RowFilter, features: Any) -> Any:
+    keep.require_columns(features)
+    if not hasattr(rows, "__len__"):
+        return rows.filter(keep)
+    # Only the columns that it names are read, never the pictures.
+    few = rows.select_columns(keep.columns) if keep.columns else [{}] * len(rows)
+    chosen = [place for place, row in enumerate(few) if keep(row)]
+    if not chosen:
+        raise UserError(f"no row of the data set satisfies {keep.expression!r}")
+    return rows.select(chosen)
 
 
 def _find_image_column(features: Any) -> str | None:

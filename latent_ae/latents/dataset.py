@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_ae.errors import UserError
-from latent_ae.latents.format import read_manifest
+from latent_ae.latents.format import read_manifest, tensor_name
+from latent_ae.latents.index import LatentIndex
+from latent_ae.latents.shards import MappedShard
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = ["LatentDataset"]
 
@@ -21,58 +25,140 @@ __all__ = ["LatentDataset"]
 class LatentDataset(Dataset):
     """A latents folder as a map-style data set.
 
+    An item is a dict: `latents`, float32 of shape (c, h, w), or `indices`, int64 of shape (h, w),
+    and the columns asked for; `label` is −1 where there is none.
+
     Args:
         folder: what `encode` wrote.
-        sample: draw z = μ + σ·ε anew at each reading (torch's global generator); else the mode μ.
+        sample: draw z = μ + σ·ε anew at each reading; else, or without a posterior, the mode μ.
         scale: give final latents, scaled as the autoencoder's config says; else raw ones.
+        variants: `all`: each stored crop and mirror image is an item; `draw`: each picture is one,
+            of which every reading draws a variant.
+        columns: of the index, to go with each item.
+        seed: makes all draws a function of seed, epoch (`set_epoch`) and position; left out, they
+            come from torch's global generator, anew at each reading.
 
     Raises:
-        UserError: the folder is unfinished, damaged, or of another format.
+        UserError: the folder is unfinished, damaged, of another format, or has no such column.
     """
 
-    def __init__(self, folder: str | Path, *, sample: bool = True, scale: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        sample: bool = True,
+        scale: bool = True,
+        variants: Literal["all", "draw"] = "all",
+        columns: Sequence[str] = ("label", "key"),
+        seed: int | None = None,
+    ) -> None:
+        if variants not in ("all", "draw"):
+            raise UserError(f"variants {variants!r} is unknown; valid: all, draw")
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.sample, self.scale = sample, scale
-        parts = []
-        for shard in self.manifest.shards:
-            for name in (shard.file, shard.index):
-                if not (self.folder / name).is_file():
-                    raise UserError(f"{folder} is damaged: {name} is missing")
-            try:
-                parts.append(pyarrow.parquet.read_table(self.folder / shard.index))
-                with safe_open(self.folder / shard.file, framework="pt"):
-                    pass
-            except Exception as error:
-                raise UserError(f"{folder} is damaged: {shard.file}: {error}") from error
-        self.index: pa.Table = pa.concat_tables(parts)
-        self._place = [self.index[name].to_numpy() for name in ("shard", "row")]
-        self._shards: dict[int, Any] = {}
+        self.sample, self.scale, self.variants, self.seed = sample, scale, variants, seed
+        self.columns = tuple(columns)
+        self.index = LatentIndex(self.folder, self.manifest, self.columns)
+        # In shared memory, so that workers which outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._shards: dict[int, MappedShard] = {}
+        for number, shard in enumerate(self.manifest.shards):
+            if shard.rows:
+                self._shard(number)  # what is missing or torn shall be known now
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.index.picture) - 1 if self.variants == "draw" else len(self.index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other draws from now on, in every worker too; only matters with a `seed`."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """What `set_epoch` has said last."""
+        return int(self._epoch)
+
+    def size_of(self, position: int) -> tuple[int, int]:
+        """Height and width of an item's latents; with `draw` its variants have the same."""
+        code = self.index.picture[position] if self.variants == "draw" else position
+        return self.index.sizes[int(self.index.size[code])]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """A row: `latents` (float32, shape (c, h, w)), `label` (−1 for none), `key`."""
-        mean, logvar = self.moments(position)
-        latents = mean
-        if self.sample:
-            latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        if self.scale:
-            latents = self.manifest.autoencoder.to_final(latents)
-        label = self.index["label"][position].as_py()
-        key = self.index["key"][position].as_py()
-        return {"latents": latents, "label": -1 if label is None else label, "key": key}
+        """An item; negative positions count from the end."""
+        if not -len(self) <= position < len(self):
+            raise IndexError(position)
+        position %= len(self)
+        generator = self._generator(position)
+        code = self._code(position, generator)
+        item: dict[str, Any] = {}
+        if self.manifest.storage.kind == "indices":
+            item["indices"] = self._stored("indices", code).to(torch.int64)
+        else:
+            item["latents"] = self._latents(code, generator)
+        for name in self.columns:
+            value = self.index.table[name][code].as_py()
+            item[name] = -1 if name == "label" and value is None else value
+        return item
 
     def moments(self, position: int) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of a row, raw, float32, each of shape (c, h, w)."""
-        shard, row = (int(column[position]) for column in self._place)
-        if shard not in self._shards:
-            file = self.folder / self.manifest.shards[shard].file
-            self._shards[shard] = safe_open(file, framework="pt")
-        opened = self._shards[shard]
-        mean, logvar = (opened.get_slice(name)[row : row + 1][0] for name in ("mean", "logvar"))
+        """Mean and log-variance of a code, raw, float32, each of shape (c, h, w).
+
+        Raises:
+            UserError: the folder holds no moments.
+        """
+        if self.manifest.storage.kind != "moments":
+            raise UserError(f"{self.folder} holds {self.manifest.storage.kind}, no moments")
+        mean, logvar = (self._stored(name, position) for name in ("mean", "logvar"))
         return mean.float(), logvar.float()
+
+    def to_datasets(self) -> datasets.Dataset:
+        """The same as a `datasets.Dataset`, whose rows are read from the shards when asked for."""
+        import datasets
+        import pyarrow as pa
+
+        whole = LatentIndex(self.folder, self.manifest, self.columns)
+        table = whole.table
+        if self.variants == "draw":
+            table = table.take(pa.array(self.index.picture[:-1]))
+        place = "__position__"
+        table = table.append_column(place, pa.array(np.arange(len(self), dtype=np.int64)))
+
+        def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            items = [self[position] for position in batch[place]]
+            return {name: [item[name] for item in items] for name in items[0]}
+
+        return datasets.Dataset(table).with_transform(read)
+
+    def _code(self, position: int, generator: torch.Generator | None) -> int:
+        if self.variants == "all":
+            return position
+        first, end = (int(i) for i in self.index.picture[position : position + 2])
+        return first + int(torch.randint(end - first, (), generator=generator))
+
+    def _latents(self, code: int, generator: torch.Generator | None) -> Tensor:
+        latents = self._stored("mean", code).float()
+        if self.sample and self.manifest.storage.kind == "moments":
+            std = torch.exp(0.5 * self._stored("logvar", code).float())
+            latents = latents + std * torch.randn(latents.shape, generator=generator)
+        return self.manifest.autoencoder.to_final(latents) if self.scale else latents
+
+    def _stored(self, name: str, code: int) -> Tensor:
+        size = self.index.sizes[int(self.index.size[code])]
+        name = tensor_name(name, size, self.manifest.preprocessing.buckets)
+        return self._shard(int(self.index.shard[code])).rows(name, int(self.index.row[code]))
+
+    def _shard(self, number: int) -> MappedShard:
+        if (shard := self._shards.get(number)) is None:
+            shard = MappedShard(self.folder / self.manifest.shards[number].file)
+            self._shards[number] = shard
+        return shard
+
+    def _generator(self, position: int) -> torch.Generator | None:
+        if self.seed is None:
+            return None
+        parts = (self.seed, self.epoch, position)
+        mixed = np.random.SeedSequence(parts).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(mixed[0]))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}}  # a loader's worker maps the files itself

@@ -10,15 +10,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from latent_ae.autoencoder import decode_latents, default_device, load_network, weights_sha256
+from latent_ae.autoencoder import weights_sha256
 from latent_ae.data import to_uint8
 from latent_ae.errors import UserError
+from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.latents.dataset import LatentDataset
 
-__all__ = ["decode"]
+__all__ = ["decode", "open_autoencoder"]
 
 
-@torch.no_grad()
 def decode(
     latents: str | Path,
     out: str | Path,
@@ -26,17 +26,19 @@ def decode(
     model: str | Path | None = None,
     batch_size: int = 8,
     limit: int | None = None,
+    precision: str = "fp32",
     device: torch.device | str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Decodes the posterior modes of a latents folder to PNG files named by their keys.
+    """Decodes the codes of a latents folder to PNG files named by their keys.
 
     Args:
-        latents: what `encode` wrote.
+        latents: what `encode` wrote; of a posterior the mode is decoded.
         out: the folder for the pictures; files of the same names are replaced.
         model: the autoencoder, if it no longer lies where the manifest says.
         batch_size: latents a pass of the decoder.
-        limit: only the first rows.
+        limit: only the first codes.
+        precision: of the decoder: `fp32`, `bf16` or `fp16`.
         device: CUDA where there is one, when left out.
         console: where progress is shown; nothing is, when left out.
 
@@ -46,28 +48,57 @@ def decode(
     Raises:
         UserError: no such folder, or an autoencoder with other weights than the encoder's.
     """
-    dataset = LatentDataset(latents, sample=False, scale=False)
-    record = dataset.manifest.autoencoder
-    model = model or record.path
-    network = load_network(model)
-    if weights_sha256(model) != record.weights_sha256:
-        raise UserError(f"{latents} was encoded by another autoencoder than the one at {model}")
-    network = network.to(torch.device(device or default_device())).eval()  # pyright: ignore
+    dataset = LatentDataset(latents, sample=False, scale=False, columns=("key",))
+    frozen = open_autoencoder(dataset, model, precision, device)
     count = min(len(dataset), limit or len(dataset))
     written: set[Path] = set()
-    starts = range(0, count, batch_size)
-    for start in track(starts, "decode", console=console, disable=console is None):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, count))]
-        batch = torch.stack([row["latents"] for row in rows]).to(network.device)
-        pictures = to_uint8(decode_latents(network, batch)).cpu()
-        for row, picture in zip(rows, pictures, strict=True):
+    title = {"description": "decode", "console": console, "disable": console is None}
+    batches = list(_of_one_size(dataset, count, batch_size))
+    for positions in track(batches, **title):  # pyright: ignore[reportArgumentType]
+        rows = [dataset[position] for position in positions]
+        for row, picture in zip(rows, _decoded(frozen, rows), strict=True):
             file = _file_of(Path(out), row["key"])
-            if file in written:  # tars may repeat a key
+            if file in written:  # several crops of one picture
                 file = file.with_name(f"{file.stem}-{len(written)}.png")
             written.add(file)
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(file)
     return count
+
+
+def open_autoencoder(
+    dataset: LatentDataset,
+    model: str | Path | None,
+    precision: str = "fp32",
+    device: torch.device | str | None = None,
+) -> FrozenAutoencoder:
+    """The autoencoder that made the latents; raises `UserError` for any other."""
+    record = dataset.manifest.autoencoder
+    path = model or record.path
+    frozen = FrozenAutoencoder(path, device, precision)
+    if weights_sha256(path) != record.weights_sha256:
+        raise UserError(
+            f"{dataset.folder} was encoded by another autoencoder than the one at {path}"
+        )
+    return frozen
+
+
+def _of_one_size(dataset: LatentDataset, count: int, batch_size: int) -> list[list[int]]:
+    """The first positions in batches, in order within each size."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for position in range(count):
+        groups.setdefault(dataset.size_of(position), []).append(position)
+    return [
+        group[start : start + batch_size]
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+def _decoded(frozen: FrozenAutoencoder, rows: list[dict]) -> torch.Tensor:
+    if "indices" in rows[0]:
+        return to_uint8(frozen.decode_indices(torch.stack([row["indices"] for row in rows]))).cpu()
+    return to_uint8(frozen.decode(torch.stack([row["latents"] for row in rows]))).cpu()
 
 
 def _file_of(out: Path, key: str) -> Path:

@@ -2,68 +2,189 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from importlib.metadata import version
+import time
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import track
+from torch import Tensor
 
-from latent_ae.autoencoder import (
-    default_device,
-    downsampling,
-    encode_moments,
-    load_network,
-    require_divisible,
-)
-from latent_ae.bottlenecks import split_moments
-from latent_ae.config import SourceConfig
-from latent_ae.data import Batch, evaluation_batches, normalize, open_source, source_of
+from latent_ae.config import EncodingSource, Preprocessing, SourceConfig, Storage
+from latent_ae.data import Source, open_source, source_of
 from latent_ae.errors import UserError
-from latent_ae.latents.format import (
-    MANIFEST,
-    OWN_FILE,
-    AutoencoderRecord,
-    LatentsManifest,
-    Preprocessing,
-    SkippedRecord,
-)
-from latent_ae.latents.writer import ShardWriter, write_whole
-from latent_ae.scaling import LatentStatistics
+from latent_ae.frozen import PRECISIONS, FrozenAutoencoder
+from latent_ae.latents.chunks import Chunk, load_chunks
+from latent_ae.latents.encoder import DTYPES, BatchEncoder, Batches, EncodedBatch
+from latent_ae.latents.files import FolderLock
+from latent_ae.latents.folder import Done, UnfinishedFolder
+from latent_ae.latents.format import AutoencoderRecord, LatentsManifest, read_manifest
+from latent_ae.latents.plan import Plan, Unit, data_record, limited, storage_for
+from latent_ae.latents.progress import EncodeProgress
+from latent_ae.latents.spool import Spool
+from latent_ae.latents.writer import OpenShard, ShardWriter
+from latent_ae.processes import from_main, place, wait_for_everyone
 
-__all__ = ["DTYPES", "encode"]
+__all__ = ["Job", "claim", "encode"]
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SHARD_BYTES = 64 << 20
 
 
-@torch.no_grad()
+@dataclass
+class Job:
+    """An opened autoencoder and source, and the plan of what they make together."""
+
+    frozen: FrozenAutoencoder
+    source: Source
+    plan: Plan
+    batch_size: int
+    workers: int
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        data: str | Path | SourceConfig,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int | None = None,
+        workers: int = 2,
+        store: str | None = None,
+        dtype: str | None = None,
+        precision: str | None = None,
+        shard_bytes: int = _SHARD_BYTES,
+        device: torch.device | str | None = None,
+    ) -> Job:
+        """Opens both and fixes all that decides the bytes; arguments as `encode`'s.
+
+        Raises:
+            UserError: no such model or data, or things that do not fit together.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown; valid: {', '.join(DTYPES)}")
+        precision = precision or "bf16"
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r} is unknown; valid: {', '.join(PRECISIONS)}")
+        config = data if isinstance(data, SourceConfig) else source_of(data)
+        config = EncodingSource.model_validate(config.model_dump())
+        frozen = FrozenAutoencoder(model, device, precision)
+        try:
+            preprocessing = preprocessing.for_factor(frozen.downsampling)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        source = limited(open_source(config), config.limit)
+        stored = storage_for(frozen, store, dtype)
+        sides = [tuple(s // frozen.downsampling for s in size) for size in preprocessing.sizes()]
+        shapes = [(frozen.channels, *side) for side in sides]
+        values = {"moments": 2 * frozen.channels, "mode": frozen.channels, "indices": 1}
+        a_code = max(h * w for h, w in sides) * values[stored["kind"]]  # pyright: ignore
+        a_picture = a_code * DTYPES[stored["dtype"]].itemsize * preprocessing.variants
+        rows = max(1, shard_bytes // a_picture)
+        plan = Plan(
+            autoencoder=AutoencoderRecord.of(frozen),
+            data=data_record(config, source),
+            preprocessing=preprocessing,
+            storage=Storage(precision=precision, shard_rows=rows, **stored),  # pyright: ignore
+            latent_shapes=shapes,  # pyright: ignore
+        )
+        # A CPU's caches like small batches; a GPU's many cores like large ones.
+        batch_size = batch_size or (32 if frozen.device.type == "cuda" else 2)
+        return cls(frozen, source, plan, batch_size, workers)
+
+    def run(
+        self,
+        folder: Path,
+        units: Collection[Unit],
+        progress: EncodeProgress,
+        **stream: Any,
+    ) -> None:
+        """Encodes units into a folder that the main process has claimed.
+
+        Args:
+            folder: the latents folder.
+            units: with random access, which ones.
+            progress: is told of everything.
+            stream: `files`, `share` and `done` of `load_chunks`, for a stream.
+        """
+        encoder = BatchEncoder(self.frozen, self.plan.storage)
+        batches = Batches(self.frozen.device, self.batch_size)
+        writer = ShardWriter(
+            folder,
+            self.plan,
+            self.source.keep,
+            encoded=lambda b: None if b.replayed else progress.encoded(len(b.finite), b.seconds),
+        )
+        options = {"batch_size": self.batch_size, "workers": self.workers, **stream}
+        shard: OpenShard | None = None
+        replay: deque[EncodedBatch] = deque()
+
+        def full(size: tuple[int, int], images: Tensor) -> None:
+            assert shard is not None
+            if replay and (replay[0].size, len(replay[0].finite)) == (size, len(images)):
+                writer.batch(shard, replay.popleft())
+            else:
+                replay.clear()
+                writer.batch(shard, encoder(images))
+
+        try:
+            for chunk in _timed(load_chunks(self.source, self.plan, units, **options), progress):
+                if shard is None:
+                    shard = self._open(folder, chunk.unit)
+                    replay = deque(shard.spool.batches)
+                shard.rows += chunk.rows
+                batches.add(chunk, full)
+                progress.advance(chunk.pictures)
+                if chunk.ends_unit:
+                    shard.last = chunk.ends_file
+                    writer.finish(shard)
+                    shard = None
+        finally:
+            writer.close()
+
+    def _open(self, folder: Path, unit: Unit) -> OpenShard:
+        identity = {"batch_size": self.batch_size, "unit": unit.stem}
+        return OpenShard(unit, Spool(folder / f"spool-{unit.stem}.bin", identity))
+
+
 def encode(
     model: str | Path,
     data: str | Path | SourceConfig,
     out: str | Path,
     *,
     resolution: int = 256,
-    batch_size: int = 8,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int | None = None,
     workers: int = 2,
-    dtype: str = "float16",
-    shard_rows: int = 1024,
+    store: str | None = None,
+    dtype: str | None = None,
+    precision: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
     limit: int | None = None,
     device: torch.device | str | None = None,
     console: Console | None = None,
 ) -> LatentsManifest:
-    """Writes mean and log-variance of every picture's posterior, unscaled.
+    """Writes the code of every picture, unscaled, or goes on where an earlier run was stopped.
+
+    Under a launcher the processes share the work, shard by shard; each shard is the same whoever
+    writes it, so a run may be resumed by another number of processes.
 
     Args:
-        model: an exported folder, or any `AutoencoderKL` folder.
-        data: a source, or a path whose kind is guessed.
-        out: the latents folder; a shard appears in it whole or not at all, the manifest last.
-        resolution: shorter side after the Lanczos resize, and side of the centre crop, in pixels.
-        batch_size: pictures a pass of the encoder.
+        model: an exported folder, or any image autoencoder of diffusers'.
+        data: a source (an `EncodingSource` names columns), or a path whose kind is guessed.
+        out: the latents folder (docs/latents-format.md).
+        resolution: side of the centre crop after a Lanczos resize, in pixels.
+        preprocessing: in its place, with several crops, mirror images or aspect buckets.
+        batch_size: codes a pass of the encoder; 32 on a GPU and 2 on a CPU when left out.
         workers: loader processes.
-        dtype: of the stored moments: `float16`, `bfloat16` or `float32`.
-        shard_rows: pictures a shard.
+        store: `moments`, `mode` or `indices`; what the autoencoder gives, when left out.
+        dtype: of what is stored: `float16` (when left out), `bfloat16`, `float32`; for indices
+            `uint16` or `int32`.
+        precision: of the encoder: `bf16` (when left out), `fp16` or `fp32`.
+        shard_bytes: what a shard shall have at most.
         limit: take only the first pictures.
         device: CUDA where there is one, when left out.
         console: where progress is shown; nothing is, when left out.
@@ -72,67 +193,97 @@ def encode(
         The manifest.
 
     Raises:
-        UserError: no such model or data, `out` is taken, or moments that `dtype` cannot hold.
+        UserError: no such model or data, things that do not fit together, `out` holds something
+            else or another run writes into it, the disk is full, or no code is finite.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-    network = load_network(model).to(torch.device(device or default_device())).eval()  # pyright: ignore
-    network = network.to(memory_format=torch.channels_last)  # pyright: ignore
-    require_divisible(resolution, network)
-    source = open_source(data if isinstance(data, SourceConfig) else source_of(data))
-    out = _claim(Path(out))
-    record = AutoencoderRecord.of_folder(model, network)
-    writer, statistics = ShardWriter(out, DTYPES[dtype], shard_rows), LatentStatistics()
-    batches: Iterable[Batch] = evaluation_batches(
-        source, resolution, batch_size=batch_size, workers=workers, limit=limit
-    )
-    if console is not None:
-        rows = len(source.rows) if hasattr(source.rows, "__len__") else limit
-        total = None if rows is None else -(-min(rows, limit or rows) // batch_size)
-        batches = track(batches, "encode", total=total, console=console)
-    for batch in batches:
-        writer.skipped += [SkippedRecord(**vars(skip)) for skip in batch.skipped]
-        if not batch.samples:
-            continue
-        images = normalize(batch.images.to(network.device, non_blocking=True))
-        images = images.contiguous(memory_format=torch.channels_last)
-        mean, logvar = split_moments(encode_moments(network, images))
-        statistics.update(mean, logvar)
-        writer.add(batch.samples, mean.cpu(), logvar.cpu())
-    writer.flush()
-    manifest = LatentsManifest(
-        autoencoder=record,
-        preprocessing=Preprocessing(resolution=resolution),
-        latent_shape=_latent_shape(network, resolution),
+    rank, world, device = place(device)
+    config = data if isinstance(data, SourceConfig) else source_of(data)
+    if limit is not None:
+        config = EncodingSource.model_validate(config.model_dump() | {"limit": limit})
+    cut = preprocessing or _preprocessing(resolution)
+    job = Job.of(
+        model,
+        config,
+        cut,
+        batch_size=batch_size,
+        workers=workers,
+        store=store,
         dtype=dtype,
-        count=writer.count,
-        label_names=source.label_names,
-        num_classes=len(source.label_names) or writer.highest_label + 1,
-        shards=writer.shards,
-        skipped=writer.skipped,
-        statistics=statistics.summary(),
-        versions={name: version(name) for name in ("latent_ae", "torch", "diffusers")},
+        precision=precision,
+        shard_bytes=shard_bytes,
+        device=device,
     )
-    write_whole(out / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
-    return manifest
+    out = Path(out)
+    folder, found = claim(out, job.plan, world)
+    if isinstance(found, LatentsManifest):
+        return found
+    lock = FolderLock(out, rank) if rank else None
+    try:
+        share = _share(job.plan, found, rank, world)
+        known = job.plan.data.rows is not None
+        total = sum(len(job.plan.rows_of(unit)) for unit in share["units"]) if known else None
+        title = "encode" if world == 1 else f"encode (process 1 of {world})"
+        with EncodeProgress(console if rank == 0 else None, total, title) as progress:
+            job.run(out, progress=progress, **share)
+        wait_for_everyone()
+        if folder is not None:
+            folder.finish()
+        wait_for_everyone()
+    finally:
+        for held in (lock, folder):
+            if held is not None:
+                held.release()
+    return read_manifest(out)
 
 
-def _latent_shape(network: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
-    side = resolution // downsampling(network)
-    return (network.config["latent_channels"], side, side)
+def claim(
+    out: Path, plan: Plan, world: int = 1
+) -> tuple[UnfinishedFolder | None, LatentsManifest | Done]:
+    """The main process claims the folder; all learn its manifest or, unfinished, what is done.
+
+    Raises:
+        UserError: on every process, where the folder cannot be had.
+    """
+    folder: UnfinishedFolder | None = None
+
+    def look() -> LatentsManifest | Done | UserError:
+        nonlocal folder
+        try:
+            folder = UnfinishedFolder(out, plan)
+            return folder.finished or folder.done()
+        except UserError as error:  # raised by all: nobody shall wait for the others
+            return error
+
+    found = look() if world == 1 else from_main(look)
+    if isinstance(found, UserError):
+        raise found
+    return folder, found
 
 
-def _claim(out: Path) -> Path:
-    """Makes the folder; an unfinished one of an earlier run is begun again."""
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out} holds finished latents; remove it or choose another folder")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, not a folder")
-    found = list(out.iterdir()) if out.exists() else []
-    for file in found:
-        if not OWN_FILE.fullmatch(file.name):
-            raise UserError(f"{out} holds other files ({file.name}); choose an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for file in found:
-        file.unlink()
-    return out
+def _share(plan: Plan, done: Done, rank: int, world: int) -> dict[str, Any]:
+    """What is left to this process: `units`, or `files`, `share` and `done` of a stream."""
+    if (units := plan.units()) is not None:
+        return {"units": [unit for unit in units if unit not in done.units][rank::world]}
+    files = range(plan.data.files or 1)
+    open_files = [number for number in files if number not in done.files]
+    if len(files) >= world:
+        return {"units": (), "files": open_files[rank::world], "done": done.units}
+    return {"units": (), "files": open_files, "share": (rank, world), "done": done.units}
+
+
+def _timed(chunks: Iterator[Chunk], progress: EncodeProgress) -> Iterator[Chunk]:
+    """The same, with the time spent on waiting for them noted."""
+    while True:
+        began = time.perf_counter()
+        chunk = next(chunks, None)
+        progress.waiting_seconds += time.perf_counter() - began
+        if chunk is None:
+            return
+        yield chunk
+
+
+def _preprocessing(resolution: int) -> Preprocessing:
+    try:
+        return Preprocessing(resolution=resolution)
+    except ValidationError as error:
+        raise UserError(f"resolution {resolution} is not positive") from error

@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from diffusers import AutoencoderKL
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from latent_ae.autoencoder import weights_sha256
+from latent_ae.config import Preprocessing, Storage
 from latent_ae.errors import UserError
+from latent_ae.frozen import FrozenAutoencoder
+from latent_ae.latents.statistics import Moments
 from latent_ae.scaling import LatentScaling
 
 __all__ = [
     "FORMAT",
-    "INDEX_SCHEMA",
+    "INDEX_COLUMNS",
     "MANIFEST",
-    "OWN_FILE",
     "AutoencoderRecord",
+    "DataRecord",
     "LatentsManifest",
-    "Preprocessing",
     "ShardRecord",
-    "SkippedRecord",
-    "index_name",
+    "index_bytes",
     "read_manifest",
-    "shard_name",
+    "record_of",
+    "tensor_name",
 ]
 
 FORMAT = "latent_ae/latents"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+RECORD = b"latent_ae"  # where an index's metadata holds the record of its shard
 
-# What an unfinished folder may hold: anything else is somebody's, such as webdataset's shard-0.tar.
-OWN_FILE = re.compile(
-    r"(shard-\d{5}\.safetensors|index-\d{5}\.parquet)(\.tmp)?|manifest\.json\.tmp"
-)
-
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("label", pa.int64()),
-        ("caption", pa.string()),
-        ("width", pa.int32()),  # of the original picture, in pixels
-        ("height", pa.int32()),
-        ("shard", pa.int32()),
-        ("row", pa.int32()),
-    ]
-)
+# One row for each code, and one for each picture that could not be read: then `skipped` says why.
+INDEX_COLUMNS: dict[str, pa.DataType] = {
+    "key": pa.string(),
+    "position": pa.int64(),  # the picture's row in the source
+    "label": pa.int64(),
+    "caption": pa.string(),
+    "width": pa.int32(),  # of the original picture, in pixels
+    "height": pa.int32(),
+    "crop_left": pa.int32(),  # in the resized picture, in pixels
+    "crop_top": pa.int32(),
+    "flipped": pa.bool_(),
+    "latent_height": pa.int16(),
+    "latent_width": pa.int16(),
+    "row": pa.int32(),  # in the shard's tensor of this size
+    "skipped": pa.string(),
+}
 
 
 class AutoencoderRecord(LatentScaling):
@@ -57,75 +60,111 @@ class AutoencoderRecord(LatentScaling):
     path: str
     weights_sha256: str
     class_name: str
+    downsampling: int = 0  # 0: not said, as in version 1
+    channels: int = 0
 
     @classmethod
-    def of_folder(cls, folder: str | Path, network: AutoencoderKL) -> AutoencoderRecord:
-        """The record of a network that was loaded from a folder."""
+    def of(cls, frozen: FrozenAutoencoder) -> AutoencoderRecord:
+        """The record of an autoencoder that was loaded from a folder."""
         return cls(
-            path=str(Path(folder).resolve()),
-            weights_sha256=weights_sha256(folder),
-            class_name=type(network).__name__,
-            **LatentScaling.of(network).model_dump(),
+            path=str(frozen.path.resolve()),
+            weights_sha256=weights_sha256(frozen.path),
+            class_name=frozen.class_name,
+            downsampling=frozen.downsampling,
+            channels=frozen.channels,
+            **frozen.scaling.model_dump(),
         )
 
 
-class Preprocessing(BaseModel):
-    """What was done to a picture before the encoder saw it."""
+class DataRecord(BaseModel):
+    """Which pictures: enough to notice that another run would see others."""
 
-    resolution: int
-    resize: str = "shorter side, Lanczos"
-    crop: str = "center"
+    source: str = ""
+    path: str = ""
+    split: str = ""
+    filter: str | None = None
+    limit: int | None = None
+    rows: int | None = None  # None: a stream
+    files: int | None = None  # of a stream
+    fingerprint: str = ""
+    label_names: list[str] = []
+    columns: list[str] = []  # where keys, labels and captions are from, and what else was kept
 
 
 class ShardRecord(BaseModel):
-    """A shard that is whole."""
+    """A shard that is whole: its two files, and what they hold."""
 
     file: str
     index: str
-    rows: int
+    rows: int  # codes
     sha256: str
-
-
-class SkippedRecord(BaseModel):
-    """A picture that is not in the folder, and why."""
-
-    key: str
-    reason: str
+    index_sha256: str = ""
+    pictures: int = 0
+    skipped: int = 0
+    highest_label: int = -1
+    last: bool = False  # the last of a file of a stream
+    moments: Moments | None = None
 
 
 class LatentsManifest(BaseModel):
-    """What `manifest.json` says.
-
-    `latent_shape` is (c, h, w); `dtype` is that of the stored moments.
-    """
+    """What `manifest.json` says; `latent_shapes` are those of single codes, each (c, h, w)."""
 
     format: str = FORMAT
     version: int = FORMAT_VERSION
     autoencoder: AutoencoderRecord
+    data: DataRecord = DataRecord()
     preprocessing: Preprocessing
-    latent_shape: tuple[int, int, int]
-    dtype: str
+    storage: Storage
+    latent_shapes: list[tuple[int, int, int]]
     count: int
+    pictures: int = 0
+    skipped: int = 0
+    renamed: int = 0  # keys that stood for several pictures
     label_names: list[str] = []
     num_classes: int = 0
     shards: list[ShardRecord]
-    skipped: list[SkippedRecord] = []
     statistics: dict[str, float | int | list[float]] = {}
     versions: dict[str, str] = {}
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape of every code; raises `UserError` with buckets, where there are several."""
+        if len(self.latent_shapes) != 1:
+            raise UserError("these latents have several sizes (buckets); one is wanted here")
+        return self.latent_shapes[0]
 
-def shard_name(number: int) -> str:
-    """The file of a shard's moments."""
-    return f"shard-{number:05d}.safetensors"
+
+def tensor_name(name: str, size: tuple[int, int], buckets: bool) -> str:
+    """The name of a tensor in a shard: `mean`, or with buckets `mean.24x40` (height × width)."""
+    return f"{name}.{size[0]}x{size[1]}" if buckets else name
 
 
-def index_name(number: int) -> str:
-    """The file of a shard's keys, labels and sizes."""
-    return f"index-{number:05d}.parquet"
+def index_bytes(table: pa.Table, record: ShardRecord) -> bytes:
+    """A shard's index as parquet, with what it says of the shard in its metadata."""
+    content = json.dumps(record.model_dump(exclude={"index_sha256"})).encode()
+    table = table.replace_schema_metadata({RECORD: content})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=1 << 16)
+    return buffer.getvalue().to_pybytes()
+
+
+def record_of(index: Path) -> ShardRecord:
+    """What a shard's index says of it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        metadata = pq.read_schema(index).metadata
+        return ShardRecord.model_validate(json.loads(metadata[RECORD]))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{index} is damaged: {str(error).splitlines()[0]}; remove it and run again"
+        ) from error
 
 
 def read_manifest(folder: str | Path) -> LatentsManifest:
-    """Reads a latents folder's manifest.
+    """Reads a latents folder's manifest, of this version or the one before.
 
     Raises:
         UserError: the folder has none, or one that this version does not understand.
@@ -134,13 +173,29 @@ def read_manifest(folder: str | Path) -> LatentsManifest:
     if not file.is_file():
         raise UserError(f"{folder} is no finished latents folder: it has no {MANIFEST}")
     try:
-        content = json.loads(file.read_text())
-        if content.get("format") != FORMAT or content.get("version") != FORMAT_VERSION:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("format") != FORMAT or content.get("version") not in (1, FORMAT_VERSION):
             raise UserError(
                 f"{file} has format {content.get('format')!r} version {content.get('version')!r}; "
-                f"this latent_ae reads {FORMAT!r} version {FORMAT_VERSION}"
+                f"this latent_ae reads {FORMAT!r} versions 1 and {FORMAT_VERSION}"
             )
+        if content["version"] == 1:
+            content = _from_version_1(content)
         return LatentsManifest.model_validate(content)
-    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+    except (ValueError, ValidationError, AttributeError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{file} is damaged: {first}") from error
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew fixed sizes and moments alone, and listed what was skipped."""
+    resolution = content["preprocessing"]["resolution"]
+    rows = max((shard["rows"] for shard in content["shards"]), default=1)
+    dtype = content.pop("dtype")
+    return content | {
+        "preprocessing": {"resolution": resolution},
+        "storage": {"dtype": dtype, "precision": "fp32", "shard_rows": rows},
+        "latent_shapes": [content.pop("latent_shape")],
+        "pictures": content["count"],
+        "skipped": len(content.pop("skipped", [])),
+    }

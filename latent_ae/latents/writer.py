@@ -1,103 +1,201 @@
-"""Shards and indices of a latents folder, written whole."""
+"""Shards and their indices, written by a thread while the next ones are encoded."""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import queue
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from latent_ae.data import Sample
 from latent_ae.errors import UserError
-from latent_ae.latents.format import (
-    INDEX_SCHEMA,
-    ShardRecord,
-    SkippedRecord,
-    index_name,
-    shard_name,
-)
+from latent_ae.latents.chunks import Row
+from latent_ae.latents.encoder import DTYPES, EncodedBatch
+from latent_ae.latents.files import disk_full_is_told, sha256_of, write_whole
+from latent_ae.latents.format import INDEX_COLUMNS, ShardRecord, index_bytes, tensor_name
+from latent_ae.latents.plan import Plan, Unit
+from latent_ae.latents.spool import Spool
+from latent_ae.latents.statistics import Moments
 
-__all__ = ["ShardWriter", "write_whole"]
+__all__ = ["OpenShard", "ShardWriter", "index_table", "write_shard"]
 
 
-class ShardWriter:
-    """Gathers rows and writes a shard, then its index, when there are enough."""
+class OpenShard:
+    """A unit on its way: what is known of its rows, and its codes so far, by size."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, shard_rows: int) -> None:
-        self.folder, self.dtype, self.shard_rows = folder, dtype, shard_rows
-        self.count, self.highest_label = 0, -1
-        self.shards: list[ShardRecord] = []
-        self.skipped: list[SkippedRecord] = []
-        self._samples: list[Sample] = []
-        self._means: list[Tensor] = []
-        self._logvars: list[Tensor] = []
+    def __init__(self, unit: Unit, spool: Spool) -> None:
+        self.unit, self.spool = unit, spool
+        self.rows: list[Row] = []
+        self.codes: dict[tuple[int, int], list[EncodedBatch]] = {}
+        self.pictures, self.last = 0, False
 
-    def add(self, samples: list[Sample], mean: Tensor, logvar: Tensor) -> None:
-        """Adds posteriors, each of shape (B, c, h, w); writes a shard when there are enough.
+    def add(self, batch: EncodedBatch) -> None:
+        """Takes in a batch of one size."""
+        self.codes.setdefault(batch.size, []).append(batch)
+
+    def tensors(self, plan: Plan) -> dict[str, dict[tuple[int, int], Tensor]]:
+        """The tensors by name and size of picture, without the codes that are not finite.
+
+        Marks these, and numbers the others.
 
         Raises:
-            UserError: moments that the stored dtype cannot hold.
+            UserError: not one code is finite, so the fault is the autoencoder's, or the type's.
         """
-        for name, values in (("mean", mean), ("logvar", logvar)):
-            if not torch.isfinite(values.to(self.dtype)).all():
-                reason = "is not finite" if not torch.isfinite(values).all() else "overflows"
-                raise UserError(
-                    f"the {name} of one of {', '.join(s.key for s in samples)} {reason} in "
-                    f"{self.dtype}; store float32, or check the autoencoder"
-                )
-        self._samples += samples
-        self._means += list(mean.to(self.dtype))
-        self._logvars += list(logvar.to(self.dtype))
-        while len(self._samples) >= self.shard_rows:
-            self._write(self.shard_rows)
-
-    def flush(self) -> None:
-        """Writes what is left as the last, smaller shard."""
-        if self._samples:
-            self._write(len(self._samples))
-
-    def _write(self, rows: int) -> None:
-        number = len(self.shards)
-        samples, self._samples = self._samples[:rows], self._samples[rows:]
-        tensors = {
-            "mean": torch.stack(self._means[:rows]).contiguous(),
-            "logvar": torch.stack(self._logvars[:rows]).contiguous(),
-        }
-        self._means, self._logvars = self._means[rows:], self._logvars[rows:]
-        file = self.folder / shard_name(number)
-        content = save(tensors)
-        digest = hashlib.sha256(content).hexdigest()
-        write_whole(file, content)
-        index = pa.Table.from_pylist(
-            [
-                {
-                    **{name: getattr(s, name) for name in ("key", "label", "caption")},
-                    **{"width": s.width, "height": s.height, "shard": number, "row": row},
-                }
-                for row, s in enumerate(samples)
-            ],
-            schema=INDEX_SCHEMA,
-        )
-        buffer = pa.BufferOutputStream()
-        pyarrow.parquet.write_table(index, buffer)
-        write_whole(self.folder / index_name(number), buffer.getvalue().to_pybytes())
-        record = ShardRecord(file=file.name, index=index_name(number), rows=rows, sha256=digest)
-        self.shards.append(record)
-        self.count += rows
-        labels = [s.label for s in samples if s.label is not None]
-        self.highest_label = max([self.highest_label, *labels])
+        kept: dict[tuple[int, int], Tensor] = {}
+        for size, batches in self.codes.items():
+            kept[size] = torch.cat([batch.finite for batch in batches])
+        if kept and not any(finite.any() for finite in kept.values()):
+            first = next(row.key for row in self.rows if row.skipped is None)
+            raise UserError(
+                f"no code of {sum(map(len, kept.values()))} is finite, {first}'s the first; take "
+                f"another --precision than {plan.storage.precision} or another --dtype than "
+                f"{plan.storage.dtype}, or check the autoencoder"
+            )
+        places = {size: iter(finite.tolist()) for size, finite in kept.items()}
+        for row in self.rows:
+            if row.size is not None and not next(places[row.size]):
+                row.skipped = f"its code is not finite in {plan.storage.dtype}"
+        found: dict[str, dict[tuple[int, int], Tensor]] = {}
+        for size in sorted(self.codes):
+            for name in self.codes[size][0].tensors:
+                whole = torch.cat([batch.tensors[name] for batch in self.codes[size]])
+                every = kept[size].all()
+                found.setdefault(name, {})[size] = whole if every else whole[kept[size]]
+        return found
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file aside, waits for the disk, renames: it appears whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+class ShardWriter(threading.Thread):
+    """Receives batches and finished units in order; what goes wrong is raised where it is fed.
+
+    Args:
+        folder: the latents folder.
+        plan: what it holds.
+        kept: the columns carried into the index, with their Arrow types.
+        written: called with each shard's record, from this thread.
+        encoded: called with each batch that the host has, from this thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        kept: dict[str, pa.DataType],
+        written: Callable[[ShardRecord], None] = lambda record: None,
+        encoded: Callable[[EncodedBatch], None] = lambda batch: None,
+    ) -> None:
+        super().__init__(name="latents writer", daemon=True)
+        self.folder, self.plan, self.kept = folder, plan, kept
+        self.written, self.encoded = written, encoded
+        # Bounded: an encoder that is faster than the disk has to wait.
+        self._queue: queue.Queue[tuple[OpenShard, EncodedBatch | None] | None] = queue.Queue(8)
+        self._error: BaseException | None = None
+        self.start()
+
+    def batch(self, shard: OpenShard, batch: EncodedBatch) -> None:
+        """Hands over a batch that is perhaps still on its way from the device."""
+        self._put((shard, batch))
+
+    def finish(self, shard: OpenShard) -> None:
+        """Hands over a unit whose last batch has been handed over."""
+        self._put((shard, None))
+
+    def close(self) -> None:
+        """Waits until everything is written; raises what went wrong."""
+        self._put(None)
+        self.join()
+        self._raise()
+
+    def _put(self, item: Any) -> None:
+        self._raise()
+        self._queue.put(item)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def run(self) -> None:
+        """The thread's work; after an error it only empties the queue, so that nobody waits."""
+        while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                continue
+            shard, batch = item
+            try:
+                if batch is None:
+                    record = write_shard(self.folder, self.plan, shard, self.kept)
+                    shard.spool.remove()
+                    self.written(record)
+                else:
+                    batch.wait()
+                    self.encoded(batch)
+                    if not batch.replayed:
+                        with disk_full_is_told(shard.spool.path):
+                            shard.spool.append(batch)
+                    shard.add(batch)
+            except BaseException as error:
+                self._error = error
+
+
+def write_shard(
+    folder: Path, plan: Plan, shard: OpenShard, kept: dict[str, pa.DataType]
+) -> ShardRecord:
+    """Writes a unit's tensors, then its index, and returns what the manifest will say of it."""
+    found = shard.tensors(plan)
+    buckets, unit = plan.preprocessing.buckets, shard.unit
+    factor = plan.autoencoder.downsampling
+    by_name = {
+        tensor_name(name, (size[0] // factor, size[1] // factor), buckets): tensor
+        for name, sizes in found.items()
+        for size, tensor in sizes.items()
+    }
+    if not by_name and not buckets:
+        by_name = _empty(plan)
+    file = folder / unit.shard
+    write_whole(file, lambda path: save_file(by_name, path))
+    means, logvars = (list(found.get(name, {}).values()) for name in ("mean", "logvar"))
+    encoded = [row for row in shard.rows if row.skipped is None]
+    record = ShardRecord(
+        file=unit.shard,
+        index=unit.index,
+        rows=len(encoded),
+        sha256=sha256_of(file),
+        pictures=len({row.position for row in encoded}),
+        skipped=len(shard.rows) - len(encoded),
+        highest_label=max((row.label for row in encoded if row.label is not None), default=-1),
+        last=shard.last,
+        moments=Moments.of(means, logvars),
+    )
+    table = index_table(shard.rows, factor, kept)
+    write_whole(folder / unit.index, index_bytes(table, record))
+    return record
+
+
+def index_table(rows: list[Row], factor: int, kept: dict[str, pa.DataType]) -> pa.Table:
+    """The index of a shard; `row` counts the codes of each size, in their order."""
+    counts: dict[tuple[int, int], int] = {}
+    columns: dict[str, list[Any]] = {name: [] for name in (*INDEX_COLUMNS, *kept)}
+    for row in rows:
+        place, latent = None, (None, None)
+        if row.skipped is None and row.size is not None:
+            place = counts.get(row.size, 0)
+            counts[row.size] = place + 1
+            latent = (row.size[0] // factor, row.size[1] // factor)
+        own = vars(row) | {"latent_height": latent[0], "latent_width": latent[1], "row": place}
+        for name in INDEX_COLUMNS:
+            columns[name].append(own[name])
+        for name in kept:
+            columns[name].append(row.kept[name])
+    types = INDEX_COLUMNS | kept
+    return pa.table({name: pa.array(columns[name], types[name]) for name in columns})
+
+
+def _empty(plan: Plan) -> dict[str, Tensor]:
+    """The tensors of a shard none of whose pictures could be read."""
+    names = {"moments": ("mean", "logvar"), "mode": ("mean",), "indices": ("indices",)}
+    shape = plan.latent_shapes[0][1 if plan.storage.kind == "indices" else 0 :]
+    dtype = DTYPES[plan.storage.dtype]
+    return {name: torch.empty((0, *shape), dtype=dtype) for name in names[plan.storage.kind]}

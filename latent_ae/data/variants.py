@@ -1,0 +1,103 @@
+"""The crops and mirror images of one picture that are encoded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from latent_ae.config import Preprocessing
+from latent_ae.data.decoding import UnreadableImage
+from latent_ae.data.transforms import to_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Variant", "Variants"]
+
+
+class Variant(NamedTuple):
+    """A crop: uint8 of shape (3, H, W), and where it lay in the resized picture, in pixels."""
+
+    image: Tensor
+    left: int
+    top: int
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Cuts a picture as `Preprocessing` says, with sizes that `for_factor` has fixed."""
+
+    config: Preprocessing
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sizes", self.config.sizes())
+
+    def __call__(self, picture: Image.Image, position: int) -> list[Variant]:
+        """The variants in their order: each crop, then its mirror image.
+
+        Args:
+            picture: RGB.
+            position: its row in the source, which seeds the random crops.
+
+        Raises:
+            UnreadableImage: it is smaller than `min_side`.
+        """
+        config = self.config
+        if min(picture.size) < config.min_side:
+            width, height = picture.size
+            raise UnreadableImage(f"{width} × {height} is below {config.min_side} pixels")
+        height, width = self.nearest(picture.width, picture.height)
+        picture = self._cover(picture, width, height)
+        found = []
+        for left, top in self._places(picture, width, height, position):
+            image = to_tensor(picture.crop((left, top, left + width, top + height)))
+            found.append(Variant(image, left, top, False))
+            if config.flip:
+                found.append(Variant(image.flip(-1), left, top, True))
+        return found
+
+    def nearest(self, width: int, height: int) -> tuple[int, int]:
+        """The (height, width) of the bucket whose aspect is nearest, by ratio."""
+        sizes: list[tuple[int, int]] = self._sizes  # pyright: ignore[reportAttributeAccessIssue]
+        aspect = math.log(width / height)
+        return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
+
+    def _cover(self, picture: Image.Image, width: int, height: int) -> Image.Image:
+        """Resized, aspect kept, so that the crop fits in."""
+        config = self.config
+        room = (config.resize or config.resolution) / config.resolution
+        edges = picture.size
+        scale = max(width * room / edges[0], height * room / edges[1])
+        wide, high = (max(s, round(e * scale)) for s, e in zip((width, height), edges, strict=True))
+        if config.resample == "adm":
+            while picture.width >= 2 * wide and picture.height >= 2 * high:
+                half = (picture.width // 2, picture.height // 2)
+                picture = picture.resize(half, Image.Resampling.BOX)
+            # guided-diffusion computes the scale anew from the halved sides.
+            scale = max(width * room / picture.width, height * room / picture.height)
+            wide, high = (
+                max(width, round(picture.width * scale)),
+                max(height, round(picture.height * scale)),
+            )
+        if (wide, high) == picture.size:
+            return picture
+        lanczos = config.resample == "lanczos"
+        kernel = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
+        return picture.resize((wide, high), kernel)
+
+    def _places(
+        self, picture: Image.Image, width: int, height: int, position: int
+    ) -> list[tuple[int, int]]:
+        slack = (picture.width - width, picture.height - height)
+        if self.config.crops == 1:
+            return [(slack[0] // 2, slack[1] // 2)]
+        rng = np.random.default_rng((self.config.seed, position))
+        return [
+            (int(rng.integers(slack[0] + 1)), int(rng.integers(slack[1] + 1)))
+            for _ in range(self.config.crops)
+        ]

@@ -1,0 +1,171 @@
+"""What a latents folder shall hold, fixed before the first picture, and the pieces of that work."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel
+
+from latent_ae.config import EncodingSource, Preprocessing, Storage
+from latent_ae.data import Source
+from latent_ae.errors import UserError
+from latent_ae.frozen import FrozenAutoencoder
+from latent_ae.latents.format import AutoencoderRecord, DataRecord
+
+__all__ = [
+    "Plan",
+    "Unit",
+    "data_record",
+    "describe_difference",
+    "limited",
+    "storage_for",
+    "stream_files",
+]
+
+# Where the same latents may come from another place, or need no comparison.
+_FREE = {"path"}
+_INDEX_FILE = re.compile(r"index-(\d{6})(?:-(\d{6}))?\.parquet")
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A shard's worth of work.
+
+    With random access unit n is the rows [n·R, (n + 1)·R) of the source, R being `shard_rows`. A
+    stream knows no such place, but its files: then `number` is the file and `part` counts its rows.
+    """
+
+    number: int
+    part: int | None = None
+
+    @property
+    def stem(self) -> str:
+        """What the names of its files share."""
+        tail = "" if self.part is None else f"-{self.part:06d}"
+        return f"{self.number:06d}{tail}"
+
+    @property
+    def shard(self) -> str:
+        """The file of its tensors."""
+        return f"shard-{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """The file of its keys, labels and sizes, written last: where it is, the unit is whole."""
+        return f"index-{self.stem}.parquet"
+
+    @classmethod
+    def of_index(cls, name: str) -> Unit | None:
+        """The unit whose index has this name; None for other files."""
+        if not (match := _INDEX_FILE.fullmatch(name)):
+            return None
+        return cls(int(match[1]), None if match[2] is None else int(match[2]))
+
+
+class Plan(BaseModel):
+    """All that decides the bytes of a folder; two runs with one plan write the same."""
+
+    autoencoder: AutoencoderRecord
+    data: DataRecord
+    preprocessing: Preprocessing
+    storage: Storage
+    latent_shapes: list[tuple[int, int, int]]
+
+    def units(self) -> list[Unit] | None:
+        """Every unit, or None for a stream, whose files end where they end."""
+        if self.data.rows is None:
+            return None
+        return [Unit(n) for n in range(-(-self.data.rows // self.storage.shard_rows))]
+
+    def rows_of(self, unit: Unit) -> range:
+        """The rows of a unit, with random access."""
+        size, rows = self.storage.shard_rows, self.data.rows or 0
+        return range(unit.number * size, min((unit.number + 1) * size, rows))
+
+
+def data_record(config: EncodingSource, source: Source) -> DataRecord:
+    """What identifies the pictures, after the filter and the limit."""
+    known = hasattr(source.rows, "__len__")
+    rows = len(source.rows) if known else None
+    digest = hashlib.sha256()
+    for place in _spread(rows or 0):
+        digest.update(source.key(source.rows[place], place).encode() + b"\0")
+    columns = (config.key_column, config.label_column, config.caption_column)
+    return DataRecord(
+        **config.model_dump(include={"source", "path", "split", "filter", "limit"}),
+        rows=rows,
+        files=None if known else _files_of(source, config.limit),
+        fingerprint=digest.hexdigest() if known else "",
+        label_names=source.label_names,
+        columns=[source.image_column, *(name or "" for name in columns), *config.keep],
+    )
+
+
+def limited(source: Source, limit: int | None) -> Source:
+    """The first rows of a source."""
+    if limit is None:
+        return source
+    rows = source.rows
+    count = min(limit, len(rows)) if hasattr(rows, "__len__") else limit
+    return replace(source, rows=rows.take(count))
+
+
+def stream_files(source: Source, files: int) -> Iterator[tuple[int, Any]]:
+    """A stream's files, each with its number."""
+    for number in range(files):
+        yield number, source.rows if files == 1 else source.rows.shard(files, number)
+
+
+def storage_for(frozen: FrozenAutoencoder, kind: str | None, dtype: str | None) -> dict[str, Any]:
+    """The kind and type of what is stored, chosen where left out, refused where it cannot be.
+
+    Raises:
+        UserError: moments of an autoencoder without a posterior, indices of one without a codebook,
+            or a type that does not hold them.
+    """
+    entries = frozen.codebook_size
+    if kind is None:
+        kind = "indices" if entries else "moments" if frozen.has_posterior else "mode"
+    if kind == "moments" and not frozen.has_posterior:
+        raise UserError(f"{frozen.class_name} has no posterior: it gives mode, not moments")
+    if kind == "indices" and not entries:
+        raise UserError(f"{frozen.class_name} has no codebook: there are no indices to store")
+    if kind == "indices":
+        fits = {"int32"} | ({"uint16"} if entries <= 1 << 16 else set())
+        dtype = dtype or ("uint16" if "uint16" in fits else "int32")
+    else:
+        fits, dtype = {"float16", "bfloat16", "float32"}, dtype or "float16"
+    if dtype not in fits:
+        raise UserError(f"{kind} cannot be stored as {dtype}; choose {' or '.join(sorted(fits))}")
+    return {"kind": kind, "dtype": dtype}
+
+
+def describe_difference(before: Plan, now: Plan) -> str | None:
+    """Where two plans differ, in words; None where they would write the same bytes."""
+    for part in type(now).model_fields:
+        old, new = getattr(before, part), getattr(now, part)
+        if isinstance(old, list):
+            if old != new:
+                return f"{part} {old}, not {new}"
+            continue
+        for name in type(new).model_fields:
+            was, is_now = getattr(old, name), getattr(new, name)
+            if name not in _FREE and was != is_now:
+                if name == "fingerprint":
+                    return "pictures of other names"
+                return f"{part}.{name} {was!r}, not {is_now!r}"
+    return None
+
+
+def _spread(count: int) -> list[int]:
+    """Up to 64 places, evenly spread: enough to notice another data set, cheap in any."""
+    return sorted({round(i * (count - 1) / 63) for i in range(64)}) if count else []
+
+
+def _files_of(source: Source, limit: int | None) -> int:
+    # A limit counts rows of the whole stream, which no file can do alone.
+    return 1 if limit is not None else max(1, int(source.rows.num_shards))
