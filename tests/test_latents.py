@@ -16,6 +16,11 @@ from latent_ae.autoencoder import decode_latents, encode_moments
 from latent_ae.data import CenterCrop, normalize, to_uint8
 from latent_ae.latents import read_manifest, weights_sha256
 
+A_CODE = 2 * 4 * 32 * 32 * 4  # bytes of mean and log-variance of 64², f2, 4 channels, float32
+
+
+CUT = {"resolution": 64, "precision": "fp32"}
+
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
@@ -40,35 +45,43 @@ def latents(exported, labelled, tmp_path_factory):
         batch_size=2,
         workers=0,
         dtype="float32",
-        shard_rows=3,
+        precision="fp32",
+        shard_bytes=3 * A_CODE,
     )
     return out
 
 
 def test_the_folder_is_what_its_manifest_says(latents, exported):
     manifest = read_manifest(latents)
-    assert manifest.count == 4
+    assert manifest.count == manifest.pictures == 4
     assert manifest.latent_shape == (4, 32, 32)
     assert manifest.label_names == ["people", "things"]
     assert manifest.num_classes == 2
-    assert [(s.key, "Unidentified" in s.reason) for s in manifest.skipped] == [
-        ("things/broken.png", True)
-    ]
+    assert manifest.skipped == 1
     assert manifest.autoencoder.weights_sha256 == weights_sha256(exported)
-    assert [shard.rows for shard in manifest.shards] == [3, 1]
+    assert [shard.rows for shard in manifest.shards] == [2, 2]  # the broken one is in the first
     written = {path.name for path in latents.iterdir()}
     listed = {name for shard in manifest.shards for name in (shard.file, shard.index)}
     assert written == listed | {"manifest.json"}
     index = pyarrow.parquet.read_table(latents / manifest.shards[0].index).to_pylist()
     assert index[0] == {
         "key": "people/astronaut.png",
+        "position": 0,
         "label": 0,
         "caption": None,
         "width": 80,
         "height": 80,
-        "shard": 0,
+        "crop_left": 0,
+        "crop_top": 0,
+        "flipped": False,
+        "latent_height": 32,
+        "latent_width": 32,
         "row": 0,
+        "skipped": None,
     }
+    broken = next(row for row in index if row["skipped"])
+    assert (broken["key"], broken["row"]) == ("things/broken.png", None)
+    assert "Unidentified" in broken["skipped"]
 
 
 def test_moments_are_those_of_the_encoder(latents, exported, labelled):
@@ -109,8 +122,16 @@ def test_a_loader_reads_it_in_any_process(latents, workers):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_smaller_types_lose_little(exported, labelled, latents, tmp_path, dtype):
-    encode(exported, labelled, tmp_path / "out", resolution=64, workers=2, dtype=dtype)
-    assert load_file(tmp_path / "out" / "shard-00000.safetensors")["mean"].dtype == getattr(
+    encode(
+        exported,
+        labelled,
+        tmp_path / "out",
+        resolution=64,
+        workers=2,
+        dtype=dtype,
+        precision="fp32",
+    )
+    assert load_file(tmp_path / "out" / "shard-000000.safetensors")["mean"].dtype == getattr(
         torch, dtype
     )
     small, exact = (LatentDataset(f, sample=False) for f in (tmp_path / "out", latents))
@@ -136,10 +157,10 @@ def test_keys_cannot_leave_the_folder(latents, exported, tmp_path):
     folder.mkdir()
     for file in latents.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    table = pyarrow.parquet.read_table(folder / "index-00001.parquet")
-    evil = pyarrow.array(["../../evil"], pyarrow.string())
+    table = pyarrow.parquet.read_table(folder / "index-000001.parquet")
+    evil = pyarrow.array(["../../evil", "/tmp/../evil"], pyarrow.string())
     table = table.set_column(0, "key", evil)
-    pyarrow.parquet.write_table(table, folder / "index-00001.parquet")
+    pyarrow.parquet.write_table(table, folder / "index-000001.parquet")
     decode(folder, tmp_path / "out", model=exported)
     assert (tmp_path / "out" / "evil.png").is_file()
     assert not list(tmp_path.parent.glob("evil*"))
@@ -155,11 +176,7 @@ def test_another_autoencoder_is_refused(latents, exported, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_finished_is_overwritten(latents, exported, labelled, tmp_path):
-    before = {path.name: path.read_bytes() for path in latents.iterdir()}
-    with pytest.raises(UserError, match="finished latents"):
-        encode(exported, labelled, latents, resolution=64, workers=0)
-    assert {path.name: path.read_bytes() for path in latents.iterdir()} == before
+def test_nothing_of_somebodys_is_overwritten(exported, labelled, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="other files"):
         encode(exported, labelled, tmp_path, resolution=64, workers=0)
@@ -200,31 +217,9 @@ def test_webdataset_labels_and_captions_come_along(exported, tmp_path):
                 tar.addfile(info, io.BytesIO(content))
     manifest = encode(exported, tmp_path / "tars", tmp_path / "out", resolution=64, workers=0)
     assert manifest.num_classes == 4
-    index = LatentDataset(tmp_path / "out").index
+    index = LatentDataset(tmp_path / "out", columns=("label", "caption")).index.table
     assert index["label"].to_pylist() == [0, 1, 2, 3]
     assert index["caption"].to_pylist() == list(NAMES)
-
-
-def test_an_interrupted_folder_is_no_data_set_and_is_begun_again(
-    latents, exported, labelled, tmp_path
-):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "shard-00000.safetensors").write_bytes(b"from a run that was killed")
-    with pytest.raises(UserError, match="no finished latents folder"):
-        LatentDataset(folder)
-    encode(
-        exported,
-        labelled,
-        folder,
-        resolution=64,
-        batch_size=2,
-        workers=0,
-        dtype="float32",
-        shard_rows=3,
-    )
-    for file in latents.glob("shard-*"):
-        assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
 def test_damage_is_named(latents, tmp_path):
@@ -232,7 +227,7 @@ def test_damage_is_named(latents, tmp_path):
     folder.mkdir()
     manifest = json.loads((latents / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"index-000000\.parquet is missing"):
         LatentDataset(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
     with pytest.raises(UserError, match="version 99"):
@@ -244,22 +239,51 @@ def test_damage_is_named(latents, tmp_path):
     for file in latents.iterdir():
         if file.name != "manifest.json":
             (folder / file.name).write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"is damaged: shard-00000"):
+    with pytest.raises(UserError, match=r"is damaged: (shard|index)-000000"):
         LatentDataset(folder)
 
 
-def test_overflow_and_nan_are_refused_by_name(exported, labelled, tmp_path):
+def spoiled(exported, folder, value):
     network = load_network(exported)
     with torch.no_grad():
-        network.quant_conv.bias[0] = 1e6
-    network.save_pretrained(tmp_path / "large")
-    with pytest.raises(UserError, match=r"mean .*astronaut.* overflows .*float32"):
-        encode(tmp_path / "large", labelled, tmp_path / "out", resolution=64, workers=0)
-    with torch.no_grad():
-        network.quant_conv.bias[0] = float("nan")
-    network.save_pretrained(tmp_path / "broken")
-    with pytest.raises(UserError, match="is not finite"):
-        encode(tmp_path / "broken", labelled, tmp_path / "out", resolution=64, workers=0)
+        network.quant_conv.bias[0] = value
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_an_encoder_that_is_never_finite_is_refused(exported, labelled, tmp_path, value):
+    model = spoiled(exported, tmp_path / "vae", value)
+    options = {"resolution": 64, "workers": 0, "precision": "fp32"}
+    with pytest.raises(UserError, match="no code of 4 is finite, people/astronaut"):
+        encode(model, labelled, tmp_path / "out", **options)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_one_code_that_overflows_is_skipped(exported, labelled, tmp_path, monkeypatch):
+    from latent_ae.frozen import FrozenAutoencoder
+
+    encoder, calls = FrozenAutoencoder.encode, []
+
+    def overflowing(self, images):
+        mean, logvar = encoder(self, images)
+        if len(images) == 2:  # not the probe of one picture
+            calls.append(images)
+            mean[1] = 1e6 if len(calls) == 1 else mean[1]
+        return mean, logvar
+
+    monkeypatch.setattr(FrozenAutoencoder, "encode", overflowing)
+    manifest = encode(exported, labelled, tmp_path / "out", resolution=64, workers=0, batch_size=2)
+    assert (manifest.count, manifest.skipped) == (3, 2)
+    rows = pyarrow.parquet.read_table(tmp_path / "out/index-000000.parquet").to_pylist()
+    reasons = {row["key"]: row["skipped"] for row in rows if row["skipped"]}
+    assert "not finite in float16" in reasons["things/chelsea.png"]
+    assert [row["row"] for row in rows if row["row"] is not None] == [0, 1, 2]
+    dataset = LatentDataset(tmp_path / "out", sample=False)
+    assert [row["key"] for row in dataset] == [
+        k for r in rows if not r["skipped"] for k in [r["key"]]
+    ]
+    assert all(row["latents"].isfinite().all() for row in dataset)
 
 
 def test_wrong_arguments(exported, labelled, tmp_path):

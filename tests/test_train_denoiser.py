@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from denoisers import Examples, build_denoiser, build_scheduler
+from latent_ae.config import Preprocessing, Storage
 from latent_ae.errors import UserError
 from latent_ae.latents import AutoencoderRecord, LatentDataset, LatentsManifest, weights_sha256
-from latent_ae.latents.format import INDEX_SCHEMA, Preprocessing, ShardRecord
+from latent_ae.latents.format import INDEX_COLUMNS, ShardRecord
 from latent_ae.scaling import LatentScaling
 from latent_diffusion import LatentDiffusionPipeline, scale_latents
 from train_denoiser import DenoiserConfig, Trainer, app, learning_rate, train
@@ -56,17 +57,16 @@ def write_latents(folder, autoencoder, mean, labels=None, logvar=-60.0, names=()
     """A latents folder; the default log-variance is that of no variance at all."""
     folder.mkdir()
     tensors = {"mean": mean, "logvar": torch.full_like(mean, logvar)}
-    save_file(tensors, folder / "shard-00000.safetensors")
+    save_file(tensors, folder / "shard-000000.safetensors")
     labels = labels or [None] * len(mean)
     rows = [
-        {"key": str(row), "label": label, "width": 16, "height": 16, "shard": 0, "row": row}
+        {"key": str(row), "position": row, "label": label, "row": row}
         for row, label in enumerate(labels)
     ]
-    index = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    pyarrow.parquet.write_table(index, folder / "index-00000.parquet")
-    shard = ShardRecord(
-        file="shard-00000.safetensors", index="index-00000.parquet", rows=len(mean), sha256=""
-    )
+    index = pa.Table.from_pylist(rows, schema=pa.schema(INDEX_COLUMNS))
+    pyarrow.parquet.write_table(index, folder / "index-000000.parquet")
+    names_of_files = {"file": "shard-000000.safetensors", "index": "index-000000.parquet"}
+    shard = ShardRecord(**names_of_files, rows=len(mean), sha256="")
     manifest = LatentsManifest(
         autoencoder=AutoencoderRecord(
             path=str(autoencoder),
@@ -75,8 +75,8 @@ def write_latents(folder, autoencoder, mean, labels=None, logvar=-60.0, names=()
             **LatentScaling.of(AutoencoderKL.from_pretrained(autoencoder)).model_dump(),
         ),
         preprocessing=Preprocessing(resolution=16),
-        latent_shape=tuple(mean.shape[1:]),
-        dtype="float32",
+        storage=Storage(dtype="float32"),
+        latent_shapes=[tuple(mean.shape[1:])],
         count=len(mean),
         num_classes=len(names),
         label_names=list(names),

@@ -1,4 +1,4 @@
-"""The verbs of latents folders: encode, decode."""
+"""The verbs of finished latents folders: `latents info`, `verify`, `merge`, …."""
 
 from __future__ import annotations
 
@@ -7,78 +7,141 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from latent_ae.cli.app import (
-    BatchSize,
-    Data,
-    Limit,
-    Model,
-    Resolution,
-    Source,
-    Split,
-    Workers,
-    app,
-    stderr,
+from latent_ae.cli.app import BatchSize, Limit, app, stderr
+from latent_ae.errors import UserError
+
+__all__ = ["latents"]
+
+latents = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Look at latents folders, check, join, divide and convert them.",
 )
+app.add_typer(latents, name="latents")
 
-__all__ = ["decode", "encode"]
+Folder = Annotated[Path, typer.Argument(help="What `encode` wrote.", metavar="FOLDER")]
+Format = Annotated[
+    Literal["edm2", "lightningdit"],
+    typer.Option(
+        "--format",
+        help="`edm2`: a zip of means and standard deviations; `lightningdit`: safetensors shards "
+        "of samples and their mirror images.",
+    ),
+]
 
 
-@app.command()
-def encode(
-    model: Model,
-    data: Data,
-    out: Annotated[Path, typer.Argument(help="The latents folder to make.", metavar="OUT")],
-    resolution: Resolution = 256,
-    batch_size: BatchSize = 8,
-    workers: Workers = 2,
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="Of the stored moments.")
-    ] = "float16",
-    limit: Limit = None,
-    source: Source = None,
-    split: Split = "train",
+@latents.command()
+def info(folder: Folder) -> None:
+    """What a folder holds: its autoencoder, pictures, sizes, statistics, what was skipped."""
+    from rich.console import Console
+
+    from latent_ae.latents.describe import describe
+
+    Console().print(describe(folder))
+
+
+@latents.command()
+def verify(folder: Folder) -> None:
+    """Check every hash, every value and every key; exit code 2 if anything is wrong."""
+    from latent_ae.latents.verify import verify
+
+    problems = verify(folder, console=stderr())
+    for problem in problems[:50]:
+        print(problem)
+    if problems:
+        more = len(problems) - 50
+        raise UserError(
+            f"{folder} has {len(problems)} faults" + (f"; {more} more than shown" * (more > 0))
+        )
+    stderr().print(f"{folder} is sound", markup=False)
+
+
+@latents.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Two or more latents folders.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
 ) -> None:
-    """Encode a data set to latents: mean and log-variance of every picture.
+    """Join folders that one autoencoder made in the same way."""
+    from latent_ae.latents.merge import merge
 
-    The folder holds `manifest.json`, safetensors shards and a parquet index;
-    `latent_ae.LatentDataset` reads it, samples and scales. Without a manifest a folder is
-    unfinished: the same command begins it again.
-    """
-    from latent_ae.data import source_of
-    from latent_ae.latents import encode
-
-    console = stderr()
-    manifest = encode(
-        model,
-        source_of(data, source, split),
-        out,
-        resolution=resolution,
-        batch_size=batch_size,
-        workers=workers,
-        dtype=dtype,
-        limit=limit,
-        console=console,
-    )
-    for skip in manifest.skipped:
-        console.print(f"skipped {skip.key}: {skip.reason}", style="yellow", markup=False)
-    shape = " × ".join(map(str, manifest.latent_shape))
-    console.print(f"{manifest.count} latents of {shape} in {out}")
+    manifest = merge(folders, out)
+    stderr().print(f"{manifest.count} latents in {out}", markup=False)
 
 
-@app.command()
+@latents.command()
+def split(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="The parts are folders in it.", metavar="OUT")],
+    share: Annotated[
+        list[str],
+        typer.Option(help="A part's name and share, such as train=0.95; repeat for each."),
+    ],
+    seed: Annotated[int, typer.Option(help="Which pictures go where.", min=0)] = 0,
+) -> None:
+    """Divide a folder at random, picture by picture."""
+    from latent_ae.latents.merge import split
+
+    shares: dict[str, float] = {}
+    for part in share:
+        name, _, number = part.partition("=")
+        try:
+            shares[str(out / name)] = float(number)
+        except ValueError:
+            raise UserError(f"--share {part!r} is not NAME=NUMBER") from None
+        if not name or Path(name).name != name:
+            raise UserError(f"--share {part!r} has no plain name of a folder")
+    if len(shares) != len(share):
+        raise UserError("--share gives two parts one name")
+    for path, manifest in split(folder, shares, seed=seed).items():
+        stderr().print(f"{manifest.count} latents in {path}", markup=False)
+
+
+@latents.command()
 def decode(
-    latents: Annotated[Path, typer.Argument(help="What `encode` wrote.", metavar="LATENTS")],
+    folder: Folder,
     out: Annotated[Path, typer.Argument(help="The folder for the pictures.", metavar="OUT")],
     model: Annotated[
         Path | None, typer.Option(help="The autoencoder, if it has moved since.")
     ] = None,
     batch_size: BatchSize = 8,
     limit: Limit = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the decoder.")
+    ] = "fp32",
 ) -> None:
-    """Decode a latents folder back to PNG files, named by their keys."""
+    """Decode a folder back to PNG files, named by their keys."""
     from latent_ae.latents import decode
 
     console = stderr()
     options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "console": console}
-    count = decode(latents, out, model=model, **options)
-    console.print(f"{count} pictures in {out}")
+    count = decode(folder, out, model=model, precision=precision, **options)
+    console.print(f"{count} pictures in {out}", markup=False)
+
+
+@latents.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A zip or a folder of shards.", metavar="SOURCE")],
+    model: Annotated[
+        Path, typer.Argument(help="The autoencoder that made the latents.", metavar="MODEL")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    format: Format,
+) -> None:
+    """Make a latents folder of what another project has encoded."""
+    from latent_ae.latents.interchange import FORMATS
+
+    manifest = FORMATS[format][0](source, model, out)
+    stderr().print(f"{manifest.count} latents in {out}", markup=False)
+
+
+@latents.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="The zip or folder to make.", metavar="OUT")],
+    format: Format,
+) -> None:
+    """Write a folder as another project reads it."""
+    from latent_ae.latents.interchange import FORMATS
+
+    FORMATS[format][1](folder, out)
+    stderr().print(f"written to {out}", markup=False)

@@ -63,13 +63,19 @@ class UnfinishedFolder:
                 raise UserError(f"{path} holds other files ({file.name}); choose an empty folder")
         self.path, self.plan = path, plan
         path.mkdir(parents=True, exist_ok=True)
+        self.lock: FolderLock | None = None
+        self.finished = self._finished()
+        if self.finished is not None and not (path / PLAN).exists():
+            return  # nothing to write, so nothing to lock
         self.lock = FolderLock(path, rank=0)
         try:
-            self.finished = self._finished()
+            self.finished = self._finished()  # another run may have come to its end just now
             if self.finished is None:
                 self._begin()
+            else:
+                self._clean()
         except BaseException:
-            self.lock.release()
+            self.release()
             raise
 
     def units(self) -> list[Unit]:
@@ -119,7 +125,8 @@ class UnfinishedFolder:
 
     def release(self) -> None:
         """Lets another run in; what is whole stays."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def _finished(self) -> LatentsManifest | None:
         if not (self.path / MANIFEST).exists():
@@ -131,7 +138,6 @@ class UnfinishedFolder:
                 f"{self.path} holds finished latents of another kind: {difference}; remove it or "
                 "choose another folder"
             )
-        self._clean()
         return manifest
 
     def _begin(self) -> None:
@@ -159,7 +165,8 @@ class UnfinishedFolder:
         for pattern in (PLAN, "spool-*.bin", ".*.tmp"):
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
-        self.lock.release(remove=True)
+        if self.lock is not None:
+            self.lock.release(remove=True)
 
 
 def _first_reason(folder: Path, units: list[Unit]) -> str:

@@ -30,7 +30,6 @@ class Spool:
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
         self._identity = json.dumps(identity, sort_keys=True).encode()
         self.batches = self._read() if path.exists() else []
         if not self.batches:
@@ -38,30 +37,16 @@ class Spool:
 
     def append(self, batch: EncodedBatch) -> None:
         """Adds a batch that is on the host."""
-        if self._file is None:
-            new = not self.path.exists()
-            self._file = self.path.open("ab")
-            if new:
-                self._write(self._identity)
         words = {"finite": batch.finite, "size": torch.tensor(batch.size)}
-        self._write(save(batch.tensors | words))
-        self._file.flush()
+        records = [] if self.path.exists() else [self._identity]
+        with self.path.open("ab") as file:
+            for record in (*records, save(batch.tensors | words)):
+                head = len(record).to_bytes(8, "little") + zlib.crc32(record).to_bytes(8, "little")
+                file.write(head + record)
 
     def remove(self) -> None:
         """Its unit is whole."""
-        self.close()
         self.path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Leaves the file for another run."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _write(self, record: bytes) -> None:
-        assert self._file is not None
-        head = len(record).to_bytes(8, "little") + zlib.crc32(record).to_bytes(8, "little")
-        self._file.write(head + record)
 
     def _read(self) -> list[EncodedBatch]:
         found, whole = [], 0

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from pydantic import BaseModel
 from torch import Tensor
-
-from latent_ae.bottlenecks import gaussian_kl
 
 __all__ = ["Moments", "combine", "summary"]
 
@@ -38,31 +36,44 @@ class Moments(BaseModel):
             mean: the means or latents, one tensor for each size.
             logvar: the log-variances; empty where there is no posterior.
         """
-        mean = [part for part in mean if len(part)]
-        if not mean:
+        means, logvars = ([p.float().numpy() for p in parts if len(p)] for parts in (mean, logvar))
+        if not means:
             return None
-        # By channel, in slices: float64 copies of a whole shard would be four times its size.
-        channels = mean[0].shape[1]
-        values = [torch.cat([p[:, c].double().flatten() for p in mean]) for c in range(channels)]
-        averages = [v.mean() for v in values]
-        noise = [
-            sum((p[:, c].double().exp().sum().item() for p in logvar), 0.0) for c in range(channels)
-        ]
-        kl = math.fsum(
-            gaussian_kl(m[:, c].double(), v[:, c].double()).sum().item()
-            for m, v in zip(mean, [part for part in logvar if len(part)], strict=False)
-            for c in range(channels)
-        )
+        # NumPy, because torch's sums depend on the number of its threads; by channel, because
+        # float64 copies of a whole shard would be four times its size.
+        channels = [_of_channel(means, logvars, c) for c in range(means[0].shape[1])]
         return cls(
-            elements=values[0].numel(),
-            codes=sum(map(len, mean)),
-            mean=[a.item() for a in averages],
-            squares=[(v - a).square().sum().item() for v, a in zip(values, averages, strict=True)],
-            variance=noise,
-            kl=kl,
-            low=[v.min().item() for v in values],
-            high=[v.max().item() for v in values],
+            elements=int(channels[0]["elements"]),
+            codes=sum(map(len, means)),
+            kl=math.fsum(channel.pop("kl") for channel in channels),
+            **{name: [channel[name] for channel in channels] for name in _BY_CHANNEL},  # pyright: ignore
         )
+
+
+_BY_CHANNEL = ("mean", "squares", "variance", "low", "high")
+
+
+def _of_channel(
+    means: Sequence[np.ndarray], logvars: Sequence[np.ndarray], channel: int
+) -> dict[str, float]:
+    values = np.concatenate([part[:, channel].ravel() for part in means]).astype(np.float64)
+    average = float(values.mean())
+    found = {
+        "elements": len(values),
+        "mean": average,
+        "squares": float(np.square(values - average).sum()),
+        "low": float(values.min()),
+        "high": float(values.max()),
+        "variance": 0.0,
+        "kl": 0.0,
+    }
+    if logvars:
+        logvar = np.concatenate([part[:, channel].ravel() for part in logvars]).astype(np.float64)
+        variance = np.exp(logvar)
+        found["variance"] = float(variance.sum())
+        # ½ (μ² + σ² − 1 − log σ²), as `bottlenecks.gaussian_kl`.
+        found["kl"] = 0.5 * float((np.square(values) + variance - 1 - logvar).sum())
+    return found
 
 
 def combine(parts: Sequence[Moments]) -> Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from latent_ae.errors import UserError
 from latent_ae.latents.chunks import Row
 from latent_ae.latents.encoder import DTYPES, EncodedBatch
-from latent_ae.latents.files import disk_full_is_told, sha256_of, write_whole
+from latent_ae.latents.files import disk_full_is_told, write_whole
 from latent_ae.latents.format import INDEX_COLUMNS, ShardRecord, index_bytes, tensor_name
 from latent_ae.latents.plan import Plan, Unit
 from latent_ae.latents.spool import Spool
@@ -155,14 +156,15 @@ def write_shard(
     if not by_name and not buckets:
         by_name = _empty(plan)
     file = folder / unit.shard
-    write_whole(file, lambda path: save_file(by_name, path))
+    content = save(by_name)  # its `save_file` would leave a stray file in the folder when killed
+    write_whole(file, content)
     means, logvars = (list(found.get(name, {}).values()) for name in ("mean", "logvar"))
     encoded = [row for row in shard.rows if row.skipped is None]
     record = ShardRecord(
         file=unit.shard,
         index=unit.index,
         rows=len(encoded),
-        sha256=sha256_of(file),
+        sha256=hashlib.sha256(content).hexdigest(),
         pictures=len({row.position for row in encoded}),
         skipped=len(shard.rows) - len(encoded),
         highest_label=max((row.label for row in encoded if row.label is not None), default=-1),
