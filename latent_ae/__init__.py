@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from latent_ae.errors import UserError
     from latent_ae.evaluation import Evaluation, compare, evaluate
     from latent_ae.export import export_run
-    from latent_ae.latents import LatentDataset, decode, encode
+    from latent_ae.latents import LatentDataset, LatentStream, decode, encode
     from latent_ae.outputs import Code, Reconstruction
     from latent_ae.training import train
 
@@ -24,6 +24,7 @@ __all__ = [
     "Config",
     "Evaluation",
     "LatentDataset",
+    "LatentStream",
     "Reconstruction",
     "UserError",
     "compare",
@@ -42,6 +43,7 @@ _HOME = {
     "Config": "config",
     "Evaluation": "evaluation",
     "LatentDataset": "latents",
+    "LatentStream": "latents",
     "Reconstruction": "outputs",
     "UserError": "errors",
     "compare": "evaluation",

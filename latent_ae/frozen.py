@@ -17,7 +17,7 @@ from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
 from latent_ae.scaling import LatentScaling
 
-__all__ = ["PRECISIONS", "FrozenAutoencoder", "posterior_of"]
+__all__ = ["PRECISIONS", "FrozenAutoencoder", "fast_precision", "posterior_of"]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_SIDE = 128  # pixels; the deepest autoencoder of images halves seven times at most
@@ -170,6 +170,16 @@ class FrozenAutoencoder:
                 f"picture of {tuple(image.shape)}: it is no autoencoder of pictures"
             )
         return factor, mean.shape[1]
+
+
+def fast_precision(device: torch.device) -> str:
+    """`bf16` where the device computes in it (Ampere and later, AVX512-BF16, AMX), else `fp32`."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    # oneDNN takes bf16 on older CPUs too, and is slower there than in fp32.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return "bf16" if fast else "fp32"
 
 
 def posterior_of(output: Any) -> tuple[Tensor, Tensor | None]:

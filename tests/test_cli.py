@@ -9,7 +9,7 @@ import yaml
 from latent_ae import cli
 from latent_ae.config_file import dump_yaml
 
-VERBS = ("train", "export", "evaluate", "compare", "encode", "decode", "config")
+VERBS = ("train", "export", "evaluate", "compare", "encode", "latents", "config")
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -80,7 +80,13 @@ def test_the_whole_way_from_the_command_line(capsys, monkeypatch, tiny, photos, 
     assert (tmp_path / "both/report.html").is_file()
     assert (tmp_path / "both/ae/evaluation.json").is_file()
     go("encode", tmp_path / "ae", photos, tmp_path / "latents", "--resolution", 64)
-    go("decode", tmp_path / "latents", tmp_path / "pictures")
+    out, _ = go("latents", "info", tmp_path / "latents")
+    assert "AutoencoderKL" in out
+    _, err = go("latents", "verify", tmp_path / "latents")
+    assert "is sound" in err
+    go("latents", "split", tmp_path / "latents", tmp_path, "--share=a=0.5", "--share=b=0.5")
+    go("latents", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "joined")
+    go("latents", "decode", tmp_path / "joined", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "coffee.png.png").is_file()
 
 
@@ -115,7 +121,10 @@ def test_config_prints_what_reads_back_and_what_it_means(capsys, monkeypatch, ti
         (["compare", ".", "resolution=64"], "a protocol is for measuring"),
         (["compare", "resolution=64"], "name at least one result folder"),
         (["encode", "none", ".", "out"], "none is no exported autoencoder"),
-        (["decode", "none", "out"], "none is no finished latents folder"),
+        (["latents", "decode", "none", "out"], "none is no finished latents folder"),
+        (["latents", "info", "none"], "none is no finished latents folder"),
+        (["latents", "split", "none", "out", "--share", "a"], "is not NAME=NUMBER"),
+        (["encode", ".", ".", "out", "--resize", "9"], "resize 9 is below resolution 256"),
         (["config"], "give a YAML file"),
     ],
 )

@@ -649,3 +649,50 @@ def test_two_processes_write_what_one_does(exported, dozen, tars, tmp_path, stre
         assert done.stderr.count("latents of") == 1
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert read_manifest(tmp_path / "2").count == (10 if streaming else 12)
+
+
+@pytest.mark.slow
+def test_ray_writes_what_one_process_does(exported, dozen, tmp_path):
+    options = ["--resolution=64", "--batch-size=2", "--precision=fp32", "--workers=1"]
+    # Ray's workers are told to use one thread; a convolution's bits depend on it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [sys.executable, "-m", "latent_ae", "encode", str(exported), str(dozen)]
+
+    def run(out, *more, code=0):
+        done = subprocess.run(
+            [*command, str(tmp_path / out), *options, *more],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    source = {"shard_bytes": 3 * (1 << 14)}  # below what --shard-mb can say
+    script = (
+        "import sys; from latent_ae.config import Preprocessing;"
+        "from latent_ae.latents.ray_stage import encode_on_ray; from latent_ae import encode;"
+        "cut = Preprocessing(resolution=64);"
+        "options = dict(preprocessing=cut, batch_size=2, precision='fp32', workers=1, "
+        f"shard_bytes={source['shard_bytes']});"
+        "model, data, ray, plain = sys.argv[1:];"
+        "encode(model, data, plain, **options);"
+        "made = encode_on_ray(model, data, ray, actors=2, **options);"
+        "assert encode_on_ray(model, data, ray, actors=2, **options) == made;"
+        "assert len(made.shards) == 4"
+    )
+    places = [str(tmp_path / "ray"), str(tmp_path / "plain")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(exported), str(dozen), *places],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "ray") == contents(tmp_path / "plain")
+    assert "12 latents of 12 pictures" in run("line", "--ray=1")
+    assert "leave out streaming" in run("stream", "--ray=1", "--streaming", code=2)

@@ -41,7 +41,7 @@ def command(exported, many, out, processes=1):
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    options = ["--resolution=64", "--shard-mb=1", "--batch-size=1", "--workers=1"]
+    options = ["--resolution=96", "--shard-mb=1", "--batch-size=1", "--workers=1"]
     return [*start, "latent_ae", "encode", str(exported), str(many), str(out), *options]
 
 
@@ -78,9 +78,10 @@ def kill_somebody(run, rng):
     if rng.random() < 0.5:
         os.kill(int(rng.choice(family)), signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(0.5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
+            run.wait(0.2)
+    for pid in family:  # torchrun gives its processes sessions of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     run.wait(60)
     run.stderr.close()
     deadline = time.monotonic() + 30

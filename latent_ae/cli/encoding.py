@@ -127,7 +127,10 @@ Dtype = Annotated[
 ShardMb = Annotated[
     int, typer.Option(help="Size of a shard, at most.", min=1, rich_help_panel=_STORED)
 ]
-Precision = Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the encoder.")]
+Precision = Annotated[
+    Literal["bf16", "fp16", "fp32"] | None,
+    typer.Option(help="Of the encoder; left out, bf16 where the device is fast in it."),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(help="Codes a pass; 32 on a GPU, 2 on a CPU when left out.", min=1),
@@ -166,7 +169,7 @@ def encode(
     store: Store = None,
     dtype: Dtype = None,
     shard_mb: ShardMb = 64,
-    precision: Precision = "bf16",
+    precision: Precision = None,
     batch_size: BatchSize = None,
     workers: Workers = 2,
     ray: Ray = None,

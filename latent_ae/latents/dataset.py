@@ -124,6 +124,8 @@ class LatentDataset(Dataset):
         table = table.append_column(place, pa.array(np.arange(len(self), dtype=np.int64)))
 
         def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            if place not in batch:  # only some columns are asked for, such as by a filter
+                return batch
             items = [self[position] for position in batch[place]]
             return {name: [item[name] for item in items] for name in items[0]}
 

@@ -14,16 +14,24 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
+from latent_ae.autoencoder import default_device
 from latent_ae.config import EncodingSource, Preprocessing, SourceConfig, Storage
 from latent_ae.data import Source, open_source, source_of
 from latent_ae.errors import UserError
-from latent_ae.frozen import PRECISIONS, FrozenAutoencoder
+from latent_ae.frozen import PRECISIONS, FrozenAutoencoder, fast_precision
 from latent_ae.latents.chunks import Chunk, load_chunks
 from latent_ae.latents.encoder import DTYPES, BatchEncoder, Batches, EncodedBatch
 from latent_ae.latents.files import FolderLock
 from latent_ae.latents.folder import Done, UnfinishedFolder
 from latent_ae.latents.format import AutoencoderRecord, LatentsManifest, read_manifest
-from latent_ae.latents.plan import Plan, Unit, data_record, limited, storage_for
+from latent_ae.latents.plan import (
+    Plan,
+    Unit,
+    data_record,
+    describe_difference,
+    limited,
+    storage_for,
+)
 from latent_ae.latents.progress import EncodeProgress
 from latent_ae.latents.spool import Spool
 from latent_ae.latents.writer import OpenShard, ShardWriter
@@ -66,11 +74,11 @@ class Job:
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is unknown; valid: {', '.join(DTYPES)}")
-        precision = precision or "bf16"
-        if precision not in PRECISIONS:
+        if precision is not None and precision not in PRECISIONS:
             raise UserError(f"precision {precision!r} is unknown; valid: {', '.join(PRECISIONS)}")
         config = data if isinstance(data, SourceConfig) else source_of(data)
         config = EncodingSource.model_validate(config.model_dump())
+        precision = precision or fast_precision(torch.device(device or default_device()))
         frozen = FrozenAutoencoder(model, device, precision)
         try:
             preprocessing = preprocessing.for_factor(frozen.downsampling)
@@ -183,7 +191,7 @@ def encode(
         store: `moments`, `mode` or `indices`; what the autoencoder gives, when left out.
         dtype: of what is stored: `float16` (when left out), `bfloat16`, `float32`; for indices
             `uint16` or `int32`.
-        precision: of the encoder: `bf16` (when left out), `fp16` or `fp32`.
+        precision: of the encoder: `bf16`, `fp16` or `fp32`; left out, bf16 where it is fast.
         shard_bytes: what a shard shall have at most.
         limit: take only the first pictures.
         device: CUDA where there is one, when left out.
@@ -246,17 +254,19 @@ def claim(
     """
     folder: UnfinishedFolder | None = None
 
-    def look() -> LatentsManifest | Done | UserError:
+    def look() -> tuple[Plan, LatentsManifest | Done | UserError]:
         nonlocal folder
         try:
             folder = UnfinishedFolder(out, plan)
-            return folder.finished or folder.done()
+            return plan, folder.finished or folder.done()
         except UserError as error:  # raised by all: nobody shall wait for the others
-            return error
+            return plan, error
 
-    found = look() if world == 1 else from_main(look)
+    main_plan, found = look() if world == 1 else from_main(look)
     if isinstance(found, UserError):
         raise found
+    if difference := describe_difference(main_plan, plan):
+        raise UserError(f"the main process encodes with {difference}: machines that differ?")
     return folder, found
 
 

@@ -41,6 +41,8 @@ class MappedShard:
         try:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
+                if 8 + length > file.stat().st_size:
+                    raise ValueError("its header is cut off")
                 header = json.loads(stream.read(length))
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             header.pop("__metadata__", None)
