@@ -76,6 +76,8 @@ def train(
     config, output = config or DenoiserConfig(), Path(output)
     folder = Path(run) if run else output.with_name(output.name + "-run")
     data = LatentDataset(latents)
+    if data.manifest.storage.kind == "indices":
+        raise UserError(f"{latents} holds codebook indices, which no diffusion of numbers fits")
     autoencoder = Path(autoencoder or data.manifest.autoencoder.path)
     _check_autoencoder(autoencoder, data.manifest)
     if output.exists() and not (output / "model_index.json").is_file():

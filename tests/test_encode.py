@@ -379,6 +379,33 @@ class TestRestart:
         encode(exported, dozen, out, **options)
         assert contents(out) == contents(tmp_path / "whole")
 
+    def test_stopped_at_any_file_it_ends_the_same(self, exported, table, tmp_path, monkeypatch):
+        source = EncodingSource(source="parquet", path=str(table), **COLUMNS)
+        options = {"resolution": 64, **FAST, "shard_bytes": 1 << 14}
+        encode(exported, source, tmp_path / "whole", **options)
+        assert read_manifest(tmp_path / "whole").renamed == 1  # so the end rewrites an index
+        rename, count = Path.rename, 0
+        for stop in range(99):
+            out, calls = tmp_path / str(stop), []
+
+            def stopping(path, target, calls=calls, stop=stop):
+                calls.append(target)
+                if len(calls) == stop + 1:
+                    raise KeyboardInterrupt
+                return rename(path, target)
+
+            monkeypatch.setattr(Path, "rename", stopping)
+            try:
+                encode(exported, source, out, **options)
+            except KeyboardInterrupt:
+                count += 1
+                monkeypatch.undo()
+                encode(exported, source, out, **options)
+            assert contents(out) == contents(tmp_path / "whole"), stop
+            if len(calls) <= stop:
+                break
+        assert count == 1 + 2 * 4 + 1 + 1  # the plan, four shards and indices, a key, the manifest
+
     def test_a_torn_spool_is_read_as_far_as_it_is_whole(self, tmp_path):
         from latent_ae.latents.encoder import EncodedBatch
 

@@ -116,8 +116,7 @@ class LatentDataset(Dataset):
         import datasets
         import pyarrow as pa
 
-        whole = LatentIndex(self.folder, self.manifest, self.columns)
-        table = whole.table
+        table = self.index.table
         if self.variants == "draw":
             table = table.take(pa.array(self.index.picture[:-1]))
         place = "__position__"

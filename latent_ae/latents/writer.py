@@ -26,6 +26,9 @@ from latent_ae.latents.statistics import Moments
 __all__ = ["OpenShard", "ShardWriter", "index_table", "write_shard"]
 
 
+_SURELY_BROKEN = 32  # codes, when none of them is finite
+
+
 class OpenShard:
     """A unit on its way: what is known of its rows, and its codes so far, by size."""
 
@@ -45,15 +48,17 @@ class OpenShard:
         Marks these, and numbers the others.
 
         Raises:
-            UserError: not one code is finite, so the fault is the autoencoder's, or the type's.
+            UserError: not one of the first, or of many, is finite: the fault is not the pictures'.
         """
         kept: dict[tuple[int, int], Tensor] = {}
         for size, batches in self.codes.items():
             kept[size] = torch.cat([batch.finite for batch in batches])
-        if kept and not any(finite.any() for finite in kept.values()):
+        codes = sum(map(len, kept.values()))
+        enough = codes >= _SURELY_BROKEN or self.unit in (Unit(0), Unit(0, 0))
+        if codes and enough and not any(finite.any() for finite in kept.values()):
             first = next(row.key for row in self.rows if row.skipped is None)
             raise UserError(
-                f"no code of {sum(map(len, kept.values()))} is finite, {first}'s the first; take "
+                f"no code of {codes} is finite, {first}'s the first; take "
                 f"another --precision than {plan.storage.precision} or another --dtype than "
                 f"{plan.storage.dtype}, or check the autoencoder"
             )
