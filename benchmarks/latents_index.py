@@ -38,27 +38,13 @@ from latent_ae.latents.format import (
     ShardRecord,
     index_bytes,
 )
+from latent_ae.latents.plan import Unit
 from latent_ae.latents.statistics import Moments, summary
 
 SHAPE = (4, 2, 2)
 FACTOR = 8
 CLASSES = 1000
-WORDS = [
-    "a",
-    "the",
-    "small",
-    "large",
-    "red",
-    "old",
-    "dog",
-    "house",
-    "river",
-    "street",
-    "under",
-    "beside",
-    "photograph",
-    "morning",
-]
+WORDS = ("large", "small", "red", "old", "dog", "house", "river", "street", "car", "tree")
 MEGABYTE = 1e6
 
 
@@ -98,7 +84,10 @@ def write_folder(folder: Path, rows: int, shard_rows: int) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     starts = range(0, rows, shard_rows)
-    shards = [write_shard(folder, start, min(shard_rows, rows - start), rng) for start in starts]
+    shards = [
+        write_shard(folder, Unit(number), start, min(shard_rows, rows - start), rng)
+        for number, start in enumerate(starts)
+    ]
     manifest = LatentsManifest(
         autoencoder=AutoencoderRecord(
             path="simulated",
@@ -121,15 +110,17 @@ def write_folder(folder: Path, rows: int, shard_rows: int) -> None:
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
 
 
-def write_shard(folder: Path, start: int, count: int, rng: np.random.Generator) -> ShardRecord:
+def write_shard(
+    folder: Path, unit: Unit, start: int, count: int, rng: np.random.Generator
+) -> ShardRecord:
     """Writes the shard whose first picture is number `start`, and its index."""
     mean, logvar = (
         torch.from_numpy(rng.standard_normal((count, *SHAPE), np.float32)).half() for _ in range(2)
     )
     content = save({"mean": mean, "logvar": logvar - 6})
     record = ShardRecord(
-        file=f"shard-{start:08d}.safetensors",
-        index=f"index-{start:08d}.parquet",
+        file=unit.shard,
+        index=unit.index,
         rows=count,
         sha256=hashlib.sha256(content).hexdigest(),
         pictures=count,
@@ -145,7 +136,7 @@ def write_shard(folder: Path, start: int, count: int, rng: np.random.Generator) 
 
 def index_table(start: int, count: int, rng: np.random.Generator) -> pa.Table:
     """The index of a shard whose first picture is number `start`."""
-    words = rng.choice(WORDS, (count, 11))
+    words = rng.choice(WORDS, (count, 12))
     labels = rng.integers(CLASSES, size=count)
     columns = {
         "key": [f"train/n{label:08d}/{start + i:010d}.JPEG" for i, label in enumerate(labels)],

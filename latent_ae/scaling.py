@@ -35,15 +35,17 @@ class LatentScaling(BaseModel):
 
     def to_final(self, raw: Tensor) -> Tensor:
         """Raw to final latents, of shape (c, h, w) or (B, c, h, w)."""
-        mean, factor = self._shift_and_factor(raw)
+        mean, factor = self.shift_and_factor(raw)
         return (raw - mean) * factor
 
     def to_raw(self, final: Tensor) -> Tensor:
         """The inverse of `to_final`."""
-        mean, factor = self._shift_and_factor(final)
+        mean, factor = self.shift_and_factor(final)
         return final / factor + mean
 
-    def _shift_and_factor(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def shift_and_factor(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What is taken away and what is multiplied by, as tensors of the latents' kind."""
+
         def channels(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, 1, 1)
 

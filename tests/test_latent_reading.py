@@ -111,6 +111,18 @@ class TestMappedShard:
         assert torch.equal(shard.rows("a", rows).float(), wanted["a"].float()[[4, 0]])
         assert shard.shape("b") == (0, 2)
 
+    def test_more_shards_than_open_files(self, tmp_path):
+        import resource
+
+        save_file({"a": torch.arange(4, dtype=torch.float32)}, tmp_path / "x.safetensors")
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+        try:
+            shards = [MappedShard(tmp_path / "x.safetensors") for _ in range(300)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert all(shard.rows("a", 3) == 3 for shard in shards)
+
     def test_damage(self, tmp_path):
         file = tmp_path / "x.safetensors"
         save_file({"a": torch.randn(5, 2)}, file)

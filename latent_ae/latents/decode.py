@@ -56,7 +56,10 @@ def decode(
     batches = list(_of_one_size(dataset, count, batch_size))
     for positions in track(batches, **title):  # pyright: ignore[reportArgumentType]
         rows = [dataset[position] for position in positions]
-        for row, picture in zip(rows, _decoded(frozen, rows), strict=True):
+        pictures = _decoded(frozen, rows)
+        if dataset.manifest.data.source == "edm2":  # whose pixels lie in [0, 1]
+            pictures = 2 * pictures - 1
+        for row, picture in zip(rows, to_uint8(pictures).cpu(), strict=True):
             file = _file_of(Path(out), row["key"])
             if file in written:  # several crops of one picture
                 file = file.with_name(f"{file.stem}-{len(written)}.png")
@@ -97,8 +100,8 @@ def _of_one_size(dataset: LatentDataset, count: int, batch_size: int) -> list[li
 
 def _decoded(frozen: FrozenAutoencoder, rows: list[dict]) -> torch.Tensor:
     if "indices" in rows[0]:
-        return to_uint8(frozen.decode_indices(torch.stack([row["indices"] for row in rows]))).cpu()
-    return to_uint8(frozen.decode(torch.stack([row["latents"] for row in rows]))).cpu()
+        return frozen.decode_indices(torch.stack([row["indices"] for row in rows]))
+    return frozen.decode(torch.stack([row["latents"] for row in rows]))
 
 
 def _file_of(out: Path, key: str) -> Path:

@@ -41,7 +41,7 @@ def write_whole(path: Path, write: bytes | Callable[[Path], Any]) -> None:
                 os.fsync(file.fileno())
             aside.rename(path)
             _sync_folder(path.parent)
-    except Exception:
+    except BaseException:  # Ctrl-C too
         aside.unlink(missing_ok=True)
         raise
 

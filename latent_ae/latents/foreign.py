@@ -1,4 +1,4 @@
-"""Latents that another program has written, into a folder of ours."""
+"""What it takes to read and write the latents of other programs, whatever their layout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from latent_ae.config import Preprocessing, Storage
@@ -17,12 +18,20 @@ from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.latents.chunks import Row
 from latent_ae.latents.encoder import DTYPES, EncodedBatch
 from latent_ae.latents.folder import UnfinishedFolder
-from latent_ae.latents.format import AutoencoderRecord, DataRecord, LatentsManifest
+from latent_ae.latents.format import AutoencoderRecord, DataRecord, LatentsManifest, read_manifest
 from latent_ae.latents.plan import Plan, Unit, storage_for
 from latent_ae.latents.spool import Spool
 from latent_ae.latents.writer import OpenShard, write_shard
 
-__all__ = ["SHARD_BYTES", "ForeignLatents", "Picture", "check_finite", "import_latents", "whole"]
+__all__ = [
+    "SHARD_BYTES",
+    "ForeignLatents",
+    "Picture",
+    "check_exportable",
+    "check_finite",
+    "import_latents",
+    "whole",
+]
 
 SHARD_BYTES = 64 << 20
 
@@ -127,6 +136,18 @@ def check_finite(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
+def check_exportable(folder: str | Path, kinds: tuple[str, ...], layout: str) -> LatentsManifest:
+    """A folder's manifest; raises `UserError` if it holds another kind, or several sizes."""
+    manifest = read_manifest(folder)
+    if manifest.storage.kind not in kinds:
+        raise UserError(
+            f"{folder} holds {manifest.storage.kind}; {layout} needs {' or '.join(kinds)}"
+        )
+    if manifest.preprocessing.buckets:
+        raise UserError(f"{folder} holds latents of several sizes (buckets); {layout} needs one")
+    return manifest
+
+
 def _plan(foreign: ForeignLatents, frozen: FrozenAutoencoder, dtype: str, shard_bytes: int) -> Plan:
     channels, height, width = foreign.shape
     if channels != frozen.channels:
@@ -134,7 +155,7 @@ def _plan(foreign: ForeignLatents, frozen: FrozenAutoencoder, dtype: str, shard_
             f"{foreign.path} holds latents of {channels} channels; {frozen.path} makes "
             f"{frozen.channels}"
         )
-    if height != width:
+    if height != width or not height:
         raise UserError(f"{foreign.path} holds latents of {height} × {width}; squares are wanted")
     cut = Preprocessing(resolution=height * frozen.downsampling, flip=foreign.flip)
     stored = storage_for(frozen, foreign.kind, dtype)
@@ -168,8 +189,7 @@ def _write_unit(folder: Path, plan: Plan, unit: Unit, pictures: Iterator[Picture
 
 def _stored(key: str, code: dict[str, Tensor], dtype: str, size: tuple[int, int]) -> EncodedBatch:
     tensors = {name: tensor[None].to(DTYPES[dtype]) for name, tensor in code.items()}
-    finite = next(iter(tensors.values())).new_ones(1, dtype=DTYPES[dtype]).isfinite()
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{key}: its {name} is too large for {dtype}; choose another dtype")
-    return EncodedBatch(size, tensors, finite)
+    return EncodedBatch(size, tensors, finite=torch.ones(1, dtype=torch.bool))

@@ -96,9 +96,9 @@ def read_index(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def _places(part: pa.Table, place: dict[tuple[int, int], int]) -> np.ndarray:
     if len(place) == 1 or "latent_height" not in part.column_names:
-        return np.zeros(part.num_rows, np.int32)
+        return np.zeros(part.num_rows, np.int16)
     heights, widths = (part[f"latent_{name}"].to_numpy() for name in ("height", "width"))
-    found = np.full(part.num_rows, -1, np.int32)
+    found = np.full(part.num_rows, -1, np.int16)
     for (height, width), number in place.items():
         found[(heights == height) & (widths == width)] = number
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,9 @@ _TYPES = {
 }
 
 
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
+
+
 class MappedShard:
     """The tensors of a safetensors file, by name, read where they lie.
 
@@ -44,22 +46,25 @@ class MappedShard:
                 if 8 + length > file.stat().st_size:
                     raise ValueError("its header is cut off")
                 header = json.loads(stream.read(length))
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            # Mapped by torch, which keeps no descriptor: a folder may have more shards than a
+            # process may have open files, and Python's mmap keeps one each.
+            size = file.stat().st_size
+            mapped = torch.UntypedStorage.from_file(str(file), False, size)
+            self._bytes = torch.empty(0, dtype=torch.uint8).set_(mapped).numpy()  # pyright: ignore
             header.pop("__metadata__", None)
             self._arrays = {name: self._array(8 + length, **h) for name, h in header.items()}
         except FileNotFoundError as error:
             raise UserError(f"{file.parent} is damaged: {file.name} is missing") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{file.parent} is damaged: {file.name}: {error}") from error
 
     def _array(self, start: int, **header: Any) -> tuple[np.ndarray, torch.dtype]:
         stored, dtype = _TYPES[header["dtype"]]
         shape, (begin, end) = header["shape"], header["data_offsets"]
         count = int(np.prod(shape))
-        if count * np.dtype(stored).itemsize != end - begin or start + end > len(self._map):
-            raise ValueError(f"its header does not fit its {len(self._map)} bytes")
-        flat = np.frombuffer(self._map, stored, count, start + begin) if count else np.empty(0)
-        return flat.astype(stored, copy=False).reshape(shape), dtype
+        if count * np.dtype(stored).itemsize != end - begin or start + end > len(self._bytes):
+            raise ValueError(f"its header does not fit its {len(self._bytes)} bytes")
+        return self._bytes[start + begin : start + end].view(stored).reshape(shape), dtype
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,13 @@ class LatentStream(IterableDataset):
             raise UserError(f"{len(self.dataset)} items cannot be divided among {consumers}")
         rows = self._stretch(epoch, own * share, share)
         rng = np.random.default_rng((self.seed, epoch, own))
-        held: list[int] = []
-        for row in rows:
-            if len(held) < self.buffer:
-                held.append(row)
-                continue
-            place = int(rng.integers(self.buffer))
-            held[place], row = row, held[place]
-            yield row
+        held = list(itertools.islice(rows, self.buffer))
+        while some := list(itertools.islice(rows, 4096)):  # one by one, drawing would take longest
+            for row, place in zip(
+                some, rng.integers(self.buffer, size=len(some)).tolist(), strict=True
+            ):
+                yield held[place]
+                held[place] = row
         rng.shuffle(held)
         yield from held
 
@@ -104,7 +104,8 @@ class LatentStream(IterableDataset):
         """`count` items from the `first` on, shards in the epoch's order, begun anywhere."""
         dataset, index = self.dataset, self.dataset.index
         shards = index.shard if dataset.variants == "all" else index.shard[index.picture[:-1]]
-        bounds = np.searchsorted(shards, np.arange(len(dataset.manifest.shards) + 1))
+        numbers = np.arange(len(dataset.manifest.shards) + 1, dtype=shards.dtype)
+        bounds = np.searchsorted(shards, numbers)
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(bounds) - 1)
         turn = int(rng.integers(max(1, len(dataset))))  # so that other rows are left out each time
