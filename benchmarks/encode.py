@@ -67,8 +67,9 @@ def main(
             root / "vae"
         )
         (root / "photos").mkdir()
-        for file in sorted(p for p in photos.rglob("*.*") if p.is_file())[:images]:
-            (root / "photos" / file.name).write_bytes(file.read_bytes())
+        files = sorted(p for p in photos.rglob("*.*") if p.is_file())[:images]
+        for number, file in enumerate(files):  # `datasets` takes some names for splits
+            (root / "photos" / f"{number:06d}{file.suffix}").write_bytes(file.read_bytes())
         compare(root, images, rounds, resolution, batch_size, workers)
     print(f"\n{network} at {resolution}², {images} pictures, batches of {batch_size}, {machine()}")
     return None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from latent_ae.cli.app import Data, Limit, Source, Split, Workers, app, is_main_process, stderr
+from latent_ae.cli.app import Data, Limit, Source, Split, app, is_main_process, stderr
 from latent_ae.errors import UserError
 
 __all__ = ["encode"]
@@ -135,6 +135,10 @@ BatchSize = Annotated[
     int | None,
     typer.Option(help="Codes a pass; 32 on a GPU, 2 on a CPU when left out.", min=1),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Loader processes; 2 on a CPU, on a GPU its share of the cores.", min=0),
+]
 Ray = Annotated[
     int | None,
     typer.Option(help="Encode on a Ray cluster by this many actors (extra `ray`).", min=1),
@@ -171,7 +175,7 @@ def encode(
     shard_mb: ShardMb = 64,
     precision: Precision = None,
     batch_size: BatchSize = None,
-    workers: Workers = 2,
+    workers: Workers = None,
     ray: Ray = None,
 ) -> None:
     """Encode a data set to latents, or go on where an earlier run was stopped.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -60,7 +61,7 @@ class Job:
         preprocessing: Preprocessing,
         *,
         batch_size: int | None = None,
-        workers: int = 2,
+        workers: int | None = None,
         store: str | None = None,
         dtype: str | None = None,
         precision: str | None = None,
@@ -101,6 +102,7 @@ class Job:
         )
         # A CPU's caches like small batches; a GPU's many cores like large ones.
         batch_size = batch_size or (32 if frozen.device.type == "cuda" else 2)
+        workers = _workers(frozen.device) if workers is None else workers
         return cls(frozen, source, plan, batch_size, workers)
 
     def run(
@@ -166,7 +168,7 @@ def encode(
     resolution: int = 256,
     preprocessing: Preprocessing | None = None,
     batch_size: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     store: str | None = None,
     dtype: str | None = None,
     precision: str | None = None,
@@ -187,7 +189,8 @@ def encode(
         resolution: side of the centre crop after a Lanczos resize, in pixels.
         preprocessing: in its place, with several crops, mirror images or aspect buckets.
         batch_size: codes a pass of the encoder; 32 on a GPU and 2 on a CPU when left out.
-        workers: loader processes.
+        workers: loader processes; left out, 2 on a CPU, and on a GPU its share of the cores, at
+            most 16.
         store: `moments`, `mode` or `indices`; what the autoencoder gives, when left out.
         dtype: of what is stored: `float16` (when left out), `bfloat16`, `float32`; for indices
             `uint16` or `int32`.
@@ -290,6 +293,13 @@ def _timed(chunks: Iterator[Chunk], progress: EncodeProgress) -> Iterator[Chunk]
         if chunk is None:
             return
         yield chunk
+
+
+def _workers(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # decoding is little beside encoding there, and the encoder wants the cores
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(2, min(16, (cores or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _preprocessing(resolution: int) -> Preprocessing:

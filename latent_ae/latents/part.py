@@ -100,7 +100,7 @@ class Part:
             self._counts[size] = count + int(own.sum())
             new[own] = np.arange(count, self._counts[size])
             for name in TENSORS[self.manifest.storage.kind]:
-                codes = shard.rows(tensor_name(name, size, buckets), row[own])
+                codes = _codes(shard, tensor_name(name, size, buckets), row[own])
                 self._codes.setdefault(name, {}).setdefault(size, []).append(codes)
         place = table.schema.get_field_index("row")
         numbers = pa.array(new, pa.int32(), mask=new < 0)
@@ -126,3 +126,12 @@ class Part:
         table, sha256 = pa.concat_tables(self._tables), hashlib.sha256(content).hexdigest()
         write_index(self.folder, unit, table, sha256, Moments.of(means, logvars))
         self._empty()
+
+
+def _codes(shard: MappedShard, name: str, rows: np.ndarray) -> Tensor:
+    try:
+        return shard.rows(name, rows)
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            f"{shard.file.parent} is damaged: {shard.file.name} and its index disagree about {name}"
+        ) from error

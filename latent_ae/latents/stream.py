@@ -92,9 +92,8 @@ class LatentStream(IterableDataset):
         rng = np.random.default_rng((self.seed, epoch, own))
         held = list(itertools.islice(rows, self.buffer))
         while some := list(itertools.islice(rows, 4096)):  # one by one, drawing would take longest
-            for row, place in zip(
-                some, rng.integers(self.buffer, size=len(some)).tolist(), strict=True
-            ):
+            places = rng.integers(self.buffer, size=len(some)).tolist()
+            for row, place in zip(some, places, strict=True):
                 yield held[place]
                 held[place] = row
         rng.shuffle(held)

@@ -1,0 +1,174 @@
+"""What joining and dividing latents folders share: whole indices, and folders that are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pandas.util import hash_array  # pyright: ignore[reportAttributeAccessIssue]
+
+from latent_ae.errors import UserError
+from latent_ae.latents.files import sha256_of, write_whole
+from latent_ae.latents.format import (
+    INDEX_COLUMNS,
+    MANIFEST,
+    LatentsManifest,
+    ShardRecord,
+    index_bytes,
+    record_of,
+)
+from latent_ae.latents.plan import Unit
+from latent_ae.latents.statistics import Moments, summary
+
+__all__ = [
+    "TENSORS",
+    "finish_folder",
+    "key_hashes",
+    "kept_columns",
+    "picture_starts",
+    "renumbered",
+    "whole_index",
+    "write_index",
+]
+
+# What a shard's tensors are called, by what is stored.
+TENSORS = {"moments": ("mean", "logvar"), "mode": ("mean",), "indices": ("indices",)}
+
+
+def whole_index(folder: Path, manifest: LatentsManifest, record: ShardRecord) -> pa.Table:
+    """A shard's index with its skipped pictures, its columns those of this version.
+
+    Args:
+        folder: a finished latents folder, of this version or the one before.
+        manifest: its manifest.
+        record: the shard.
+
+    Raises:
+        UserError: the file is missing, damaged, or lacks a column.
+    """
+    try:
+        with pq.ParquetFile(folder / record.index) as file:
+            table = file.read().replace_schema_metadata(None)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is damaged: {record.index} is missing") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder} is damaged: {record.index}: {error}") from error
+    if manifest.version == 1:
+        table = _as_version_2(table, manifest)
+    if missing := [name for name in INDEX_COLUMNS if name not in table.column_names]:
+        raise UserError(f"{folder} is damaged: {record.index} has no column {missing[0]!r}")
+    if (codes := len(table) - table["row"].null_count) != record.rows:
+        raise UserError(
+            f"{folder} is damaged: {record.index} has {codes} codes, the manifest says "
+            f"{record.rows}"
+        )
+    return table
+
+
+def kept_columns(folder: Path, manifest: LatentsManifest) -> dict[str, str]:
+    """The columns of the data that were carried along, with their types in words.
+
+    Raises:
+        UserError: the first index is missing or damaged.
+    """
+    schema = whole_index(folder, manifest, manifest.shards[0]).schema
+    return {field.name: str(field.type) for field in schema if field.name not in INDEX_COLUMNS}
+
+
+def picture_starts(table: pa.Table) -> np.ndarray:
+    """Where each picture's rows begin: they are neighbours and share their position."""
+    return np.flatnonzero(np.diff(table["position"].to_numpy(), prepend=-1))
+
+
+def renumbered(table: pa.Table, first: int) -> pa.Table:
+    """The same with its pictures' positions counted from `first`: no two can share one then."""
+    begins = np.zeros(len(table), np.int64)
+    begins[picture_starts(table)] = 1
+    place = table.schema.get_field_index("position")
+    return table.set_column(place, "position", pa.array(first - 1 + np.cumsum(begins)))
+
+
+def key_hashes(keys: pa.ChunkedArray) -> np.ndarray:
+    """Eight bytes a key, to find those that occur twice without holding all."""
+    if not len(keys):
+        return np.empty(0, np.uint64)
+    return hash_array(keys.to_numpy().astype(object))  # pyright: ignore
+
+
+def write_index(
+    folder: Path, unit: Unit, table: pa.Table, sha256: str, moments: Moments | None
+) -> None:
+    """Writes the index of a shard that is there; its record is in it, as `encode` puts it there.
+
+    Args:
+        folder: the folder to be finished.
+        unit: the shard.
+        table: a row for each code and each picture without one.
+        sha256: of the shard.
+        moments: of its codes.
+    """
+    encoded = table.filter(table["row"].is_valid())
+    labels = encoded["label"].drop_null().to_numpy()
+    record = ShardRecord(
+        file=unit.shard,
+        index=unit.index,
+        rows=len(encoded),
+        sha256=sha256,
+        pictures=len(picture_starts(encoded)),
+        skipped=len(table) - len(encoded),
+        highest_label=int(labels.max()) if len(labels) else -1,
+        moments=moments,
+    )
+    write_whole(folder / unit.index, index_bytes(table, record))
+
+
+def finish_folder(
+    folder: Path, units: Sequence[Unit], like: LatentsManifest, **changes: Any
+) -> LatentsManifest:
+    """Adds up what the indices say and writes the manifest, of this version, after all else.
+
+    Args:
+        folder: whose shards and indices are whole.
+        units: its shards.
+        like: a manifest whose other values hold here too.
+        changes: the values that do not.
+    """
+    shards = []
+    for unit in units:
+        record = record_of(folder / unit.index)
+        record.index_sha256 = sha256_of(folder / unit.index)
+        shards.append(record)
+    same = {name: value for name, value in like if name != "version"}
+    sums = {
+        "count": sum(shard.rows for shard in shards),
+        "pictures": sum(shard.pictures for shard in shards),
+        "skipped": sum(shard.skipped for shard in shards),
+        "shards": shards,
+        "statistics": summary([shard.moments for shard in shards if shard.moments]),
+    }
+    manifest = LatentsManifest(**(same | sums | changes))
+    write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    return manifest
+
+
+def _as_version_2(table: pa.Table, manifest: LatentsManifest) -> pa.Table:
+    """Version 1 listed one code a picture, of one size, and none that was skipped."""
+    height, width = manifest.latent_shape[1:]
+    known: dict[str, Any] = {
+        "position": np.arange(len(table)),
+        "latent_height": np.full(len(table), height),
+        "latent_width": np.full(len(table), width),
+    }
+    columns = {}
+    for name, dtype in INDEX_COLUMNS.items():
+        if name in table.column_names:
+            columns[name] = table[name].cast(dtype)
+        elif name in known:
+            columns[name] = pa.array(known[name]).cast(dtype)
+        elif name not in ("key", "row"):
+            columns[name] = pa.nulls(len(table), dtype)
+    return pa.table(columns)
