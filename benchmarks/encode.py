@@ -3,11 +3,10 @@
     python benchmarks/encode.py PHOTOS [--images 32] [--rounds 3] [--network kl_f8]
 
 For a network of configs/ with random weights (the time does not depend on them), in turns within
-one run, on the same pictures, with the same batch size:
+one run, on the same pictures, with the same batch size, each timed once its model and data are open:
 
 - the encoder alone: pictures that are on the device already, through `FrozenAutoencoder` in bf16;
-- latent-ae encode: what `latent_ae.encode` does once model and data are open, until the folder is
-  finished;
+- latent-ae encode: what `latent_ae.encode` does until the folder is finished;
 - the plain loop: `load_dataset`, torchvision's transforms, `vae.encode` in fp32, `torch.save`;
 - the plain loop in bf16: the same with the network cast;
 - `Dataset.map`: the same fp32 encoder inside a batched map, which writes Arrow.
@@ -96,11 +95,7 @@ def compare(root, images, rounds, resolution, batch_size, workers):
     seconds = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
-            began = time.perf_counter()
-            work()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(work())
     print("| | images/s | to the encoder alone | to the plain loop |\n|-|-|-|-|")
     for name, times in seconds.items():
         ratios = [
@@ -113,8 +108,12 @@ def compare(root, images, rounds, resolution, batch_size, workers):
 
 def alone(frozen, pixels, batch_size):
     """The limit: nothing but the encoder."""
+    began = time.perf_counter()
     for part in pixels.split(batch_size):
         frozen.encode(normalize(part))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def ours(root, resolution, batch_size, workers):
@@ -153,11 +152,12 @@ def loop(vae, root, resolution, batch_size, limit=None):
     )
     if limit:
         rows = rows.select(range(limit))
-    found = []
+    found, began = [], time.perf_counter()
     for batch in DataLoader(rows, batch_size):
         images = batch["pixels"].to(DEVICE, vae.dtype)
         found.append(vae.encode(images).latent_dist.parameters.cpu())
     torch.save(torch.cat(found), root / "loop.pt")
+    return time.perf_counter() - began
 
 
 @torch.no_grad()
@@ -170,6 +170,7 @@ def mapped(vae, root, resolution, batch_size):
         images = torch.stack([transform(p.convert("RGB")) for p in batch["image"]]).to(DEVICE)
         return {"moments": vae.encode(images).latent_dist.parameters.cpu().numpy()}
 
+    began = time.perf_counter()
     rows.map(
         encode,
         batched=True,
@@ -179,6 +180,7 @@ def mapped(vae, root, resolution, batch_size):
         cache_file_name=str(root / "map.arrow"),
         new_fingerprint=str(time.monotonic_ns()),
     )
+    return time.perf_counter() - began
 
 
 def stored_types(folder, photos, images, resolution):

@@ -491,6 +491,7 @@ class TestMerge:
         other = shutil.copytree(second, tmp_path / "another")
         table = pq.read_table(other / INDEX)
         pq.write_table(table.append_column("score", pa.nulls(len(table), pa.int8())), other / INDEX)
+        rehash(other)
         with pytest.raises(UserError, match=r"kept columns is \{'score': 'int8'\}, not \{\}"):
             merge([latents, other], tmp_path / "out")
 
@@ -515,6 +516,12 @@ class TestMerge:
         with pytest.raises(UserError, match=r"shard-000002\.safetensors is missing"):
             merge([copy, second], tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+    def test_a_changed_index_gets_no_new_hash(self, second, copy, tmp_path):
+        table = pq.read_table(copy / INDEX)
+        pq.write_table(table.set_column(2, "label", table["position"]), copy / INDEX)
+        with pytest.raises(UserError, match=f"sha256 of {INDEX} is not the manifest's"):
+            merge([copy, second], tmp_path / "out")
 
 
 class TestSplit:
@@ -625,6 +632,12 @@ class TestSplit:
         with pytest.raises(UserError, match="disagree about logvar"):
             split(copy, {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5})
         assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+    def test_a_changed_shard_gets_no_new_hash(self, copy, tmp_path):
+        content = (copy / FIRST).read_bytes()
+        (copy / FIRST).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"sha256 of {FIRST} is not the manifest's"):
+            split(copy, {str(tmp_path / "a"): 1.0})
 
 
 class TestDescribe:

@@ -49,10 +49,8 @@ def verify(folder: Folder) -> None:
     for problem in problems[:50]:
         print(problem)
     if problems:
-        more = len(problems) - 50
-        raise UserError(
-            f"{folder} has {len(problems)} faults" + (f"; {more} more than shown" * (more > 0))
-        )
+        count = "a fault" if len(problems) == 1 else f"{len(problems)} faults"
+        raise UserError(f"{folder} has {count}" + ", the first 50 shown" * (len(problems) > 50))
     stderr().print(f"{folder} is sound", markup=False)
 
 

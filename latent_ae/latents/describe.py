@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -16,6 +14,7 @@ from rich.text import Text
 
 from latent_ae.errors import UserError
 from latent_ae.latents.format import LatentsManifest, ShardRecord, read_manifest
+from latent_ae.latents.rewrite import read_columns
 
 __all__ = ["describe"]
 
@@ -70,16 +69,8 @@ def describe(folder: str | Path) -> Group:
 
 def _count(folder: Path, record: ShardRecord, content: _Content) -> None:
     wanted = ("key", "label", "latent_height", "latent_width", "skipped")
-    try:
-        with pq.ParquetFile(folder / record.index) as file:
-            known = file.schema_arrow.names
-            table = file.read([name for name in wanted if name in known])
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is damaged: {record.index} is missing") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder} is damaged: {record.index}: {error}") from error
-    codes = table
-    if "skipped" in known:
+    table = codes = read_columns(folder, record.index, wanted)
+    if "skipped" in table.column_names:
         codes = table.filter(table["skipped"].is_null())
         for row in table.filter(table["skipped"].is_valid()).select(["key", "skipped"]).to_pylist():
             reason = _NAMES.sub("'…'", row["skipped"])
@@ -90,7 +81,7 @@ def _count(folder: Path, record: ShardRecord, content: _Content) -> None:
                 examples.append(row["key"])
     for pair in codes["label"].value_counts().to_pylist():
         content.labels[pair["values"]] += pair["counts"]
-    if "latent_height" in known:
+    if "latent_height" in table.column_names:
         sides = ["latent_height", "latent_width"]
         for row in codes.group_by(sides).aggregate([([], "count_all")]).to_pylist():
             content.sizes[row[sides[0]], row[sides[1]]] += row["count_all"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from latent_ae.latents.format import (
     record_of,
     tensor_name,
 )
-from latent_ae.latents.rewrite import TENSORS, key_hashes
+from latent_ae.latents.keys import key_hashes
+from latent_ae.latents.rewrite import TENSORS, read_columns
 from latent_ae.latents.shards import MappedShard
 from latent_ae.latents.statistics import Moments
 
@@ -96,11 +96,10 @@ def checked_index(file: Path, manifest: LatentsManifest) -> pa.Table:
         UserError: it cannot be read, or columns are missing, of other types or have gaps.
     """
     try:
-        with pq.ParquetFile(file) as reader:
-            table = reader.read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {str(error).splitlines()[0]}") from error
+        table = read_columns(file.parent, file.name)
+    except UserError as error:
+        # Its cause: which file of which folder it was is said before.
+        raise UserError(f"cannot be read: {str(error.__cause__).splitlines()[0]}") from error
     old = manifest.version == 1
     for name in ("key", "label", "row") if old else INDEX_COLUMNS:
         if name not in table.column_names:
@@ -119,8 +118,8 @@ def index_faults(table: pa.Table, folder: Path, codes: Codes) -> Iterator[str]:
     found = {"rows": len(encoded)}
     if codes.manifest.version > 1:
         labels = encoded["label"].drop_null().to_numpy()
-        found["pictures"] = len(np.unique(encoded["position"].to_numpy()))
-        found["skipped"] = len(table) - len(encoded)
+        found["pictures"] = pictures = len(np.unique(encoded["position"].to_numpy()))
+        found["skipped"] = len(np.unique(table["position"].to_numpy())) - pictures
         found["highest_label"] = int(labels.max(initial=-1))
         yield from _record_faults(folder, record)
         yield from _picture_faults(table)

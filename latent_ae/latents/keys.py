@@ -15,7 +15,7 @@ from latent_ae.latents.files import write_whole
 from latent_ae.latents.format import index_bytes, record_of
 from latent_ae.latents.plan import Unit
 
-__all__ = ["make_keys_unique"]
+__all__ = ["key_hashes", "make_keys_unique"]
 
 _HASH = pc.MatchSubstringOptions("#")
 
@@ -29,14 +29,14 @@ def make_keys_unique(folder: Path, units: list[Unit]) -> int:
     Returns:
         How many pictures bear such a key.
     """
-    hashes = [_hashes(_keys(folder / unit.index)[0]) for unit in units]
+    hashes = [key_hashes(_keys(folder / unit.index)[0]) for unit in units]
     every = np.concatenate(hashes or [np.empty(0, np.uint64)])
     values, counts = np.unique(every, return_counts=True)
     suspects, seen, renamed = values[counts > 1], set(), 0
     for unit, own in zip(units, hashes, strict=True):
         file = folder / unit.index
         if np.isin(own, suspects).any():
-            _rename(file, unit, suspects, seen)
+            _rename(file, unit, (values, suspects), seen)
         renamed += sum(key.endswith(_mark(unit, place)) for key, place in _marked(file))
     return renamed
 
@@ -54,7 +54,8 @@ def _keys(file: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
     return table["key"].take(pa.array(first)), positions[first]
 
 
-def _hashes(keys: pa.ChunkedArray) -> np.ndarray:
+def key_hashes(keys: pa.ChunkedArray) -> np.ndarray:
+    """Eight bytes a key, to find those that occur twice without holding all."""
     if not len(keys):
         return np.empty(0, np.uint64)
     return hash_array(  # pyright: ignore
@@ -70,20 +71,37 @@ def _marked(file: Path) -> Iterator[tuple[str, int]]:
             yield keys[int(place)].as_py(), int(positions[place])
 
 
-def _rename(file: Path, unit: Unit, suspects: np.ndarray, seen: set[str]) -> None:
-    """Rewrites an index if it repeats a key that was `seen`; adds its own to these."""
+def _rename(file: Path, unit: Unit, known: tuple[np.ndarray, np.ndarray], seen: set[str]) -> None:
+    """Rewrites an index if it repeats a key that was `seen`; adds its own to these.
+
+    Args:
+        file: the index.
+        unit: whose it is.
+        known: the hashes of all keys, sorted, and of those that occur more than once.
+        seen: keys that have been given away.
+    """
+    values, suspects = known
     record, table = record_of(file), pq.read_table(file)
     keys, positions = table["key"].to_pylist(), table["position"].to_pylist()
-    alike = np.isin(_hashes(table["key"]), suspects)
+    alike = np.isin(key_hashes(table["key"]), suspects)
     changed = False
     for place, key in enumerate(keys):
         if place and positions[place] == positions[place - 1]:
             keys[place] = keys[place - 1]  # another crop of the same picture
         elif alike[place] and key in seen:
-            keys[place], changed = key + _mark(unit, positions[place]), True
+            keys[place], changed = _free(key, _mark(unit, positions[place]), values), True
         elif alike[place]:
             seen.add(key)
     if changed:
         column = table.schema.get_field_index("key")
         table = table.set_column(column, "key", pa.array(keys, pa.string()))
         write_whole(file, index_bytes(table, record))
+
+
+def _free(key: str, mark: str, values: np.ndarray) -> str:
+    """The key with so many marks that no picture bears it yet."""
+    taken = True
+    while taken:
+        key += mark
+        taken = np.isin(key_hashes(pa.chunked_array([[key]])), values).item()
+    return key

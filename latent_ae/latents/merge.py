@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from latent_ae.errors import UserError
 from latent_ae.latents.files import sha256_of, write_whole
 from latent_ae.latents.foreign import whole
 from latent_ae.latents.format import DataRecord, LatentsManifest, ShardRecord, read_manifest
-from latent_ae.latents.keys import make_keys_unique
+from latent_ae.latents.keys import key_hashes, make_keys_unique
 from latent_ae.latents.part import Part
 from latent_ae.latents.plan import Unit
 from latent_ae.latents.rewrite import (
+    check_hash,
     finish_folder,
     kept_columns,
-    key_hashes,
     picture_starts,
+    read_columns,
     renumbered,
     whole_index,
     write_index,
@@ -122,6 +122,7 @@ def split(
             # Numbered before they are divided: what is between two pictures may go.
             table = renumbered(whole_index(*source, record), 0)
             shard = MappedShard(source.folder / record.file)
+            check_hash(source.folder, record.file, record.sha256)
             keys = table["key"].take(pa.array(picture_starts(table))).to_pylist()
             chosen = np.searchsorted(bounds, [_place(seed, key) for key in keys], side="right")
             of_row = chosen[table["position"].to_numpy()]
@@ -143,8 +144,7 @@ def _written_hashes(folder: Path, units: list[Unit]) -> np.ndarray:
     """The same of what has been written."""
     found = [np.empty(0, np.uint64)]
     for unit in units:
-        with pq.ParquetFile(folder / unit.index) as file:
-            table = file.read(["key", "position"])
+        table = read_columns(folder, unit.index, ("key", "position"))
         found.append(key_hashes(table["key"].take(pa.array(picture_starts(table)))))
     return np.concatenate(found)
 

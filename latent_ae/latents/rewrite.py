@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pandas.util import hash_array  # pyright: ignore[reportAttributeAccessIssue]
 
 from latent_ae.errors import UserError
 from latent_ae.latents.files import sha256_of, write_whole
@@ -26,10 +25,11 @@ from latent_ae.latents.statistics import Moments, summary
 
 __all__ = [
     "TENSORS",
+    "check_hash",
     "finish_folder",
-    "key_hashes",
     "kept_columns",
     "picture_starts",
+    "read_columns",
     "renumbered",
     "whole_index",
     "write_index",
@@ -50,13 +50,8 @@ def whole_index(folder: Path, manifest: LatentsManifest, record: ShardRecord) ->
     Raises:
         UserError: the file is missing, damaged, or lacks a column.
     """
-    try:
-        with pq.ParquetFile(folder / record.index) as file:
-            table = file.read().replace_schema_metadata(None)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is damaged: {record.index} is missing") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{folder} is damaged: {record.index}: {error}") from error
+    table = read_columns(folder, record.index).replace_schema_metadata(None)
+    check_hash(folder, record.index, record.index_sha256)
     if manifest.version == 1:
         table = _as_version_2(table, manifest)
     if missing := [name for name in INDEX_COLUMNS if name not in table.column_names]:
@@ -67,6 +62,31 @@ def whole_index(folder: Path, manifest: LatentsManifest, record: ShardRecord) ->
             f"{record.rows}"
         )
     return table
+
+
+def read_columns(folder: Path, index: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Those of some columns that an index has; all when left out.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with pq.ParquetFile(folder / index) as file:
+            known = file.schema_arrow.names
+            wanted = None if columns is None else [name for name in columns if name in known]
+            table = file.read(wanted)
+        table.validate(full=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is damaged: {index} is missing") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{folder} is damaged: {index}: {str(error).splitlines()[0]}") from error
+    return table
+
+
+def check_hash(folder: Path, name: str, sha256: str) -> None:
+    """Raises `UserError` for a file that has changed: who rewrites it would hide the damage."""
+    if sha256 and sha256_of(folder / name) != sha256:
+        raise UserError(f"{folder} is damaged: the sha256 of {name} is not the manifest's")
 
 
 def kept_columns(folder: Path, manifest: LatentsManifest) -> dict[str, str]:
@@ -92,13 +112,6 @@ def renumbered(table: pa.Table, first: int) -> pa.Table:
     return table.set_column(place, "position", pa.array(first - 1 + np.cumsum(begins)))
 
 
-def key_hashes(keys: pa.ChunkedArray) -> np.ndarray:
-    """Eight bytes a key, to find those that occur twice without holding all."""
-    if not len(keys):
-        return np.empty(0, np.uint64)
-    return hash_array(keys.to_numpy().astype(object))  # pyright: ignore
-
-
 def write_index(
     folder: Path, unit: Unit, table: pa.Table, sha256: str, moments: Moments | None
 ) -> None:
@@ -113,13 +126,14 @@ def write_index(
     """
     encoded = table.filter(table["row"].is_valid())
     labels = encoded["label"].drop_null().to_numpy()
+    pictures = len(picture_starts(encoded))
     record = ShardRecord(
         file=unit.shard,
         index=unit.index,
         rows=len(encoded),
         sha256=sha256,
-        pictures=len(picture_starts(encoded)),
-        skipped=len(table) - len(encoded),
+        pictures=pictures,
+        skipped=len(picture_starts(table)) - pictures,
         highest_label=int(labels.max()) if len(labels) else -1,
         moments=moments,
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
@@ -20,7 +19,8 @@ from latent_ae.latents.faults import (
 )
 from latent_ae.latents.files import sha256_of
 from latent_ae.latents.format import MANIFEST, LatentsManifest, ShardRecord, read_manifest
-from latent_ae.latents.rewrite import key_hashes, picture_starts
+from latent_ae.latents.keys import key_hashes
+from latent_ae.latents.rewrite import picture_starts, read_columns
 from latent_ae.latents.shards import MappedShard
 from latent_ae.latents.statistics import summary
 
@@ -68,7 +68,7 @@ class _Check:
         try:
             shard = MappedShard(self.folder / record.file)
         except UserError as error:
-            self._say(record.file, f"cannot be read: {error}")
+            self._say(record.file, f"cannot be read: {error.__cause__}")
             return
         codes = Codes(table, self.manifest, record)
         for fault in tensor_faults(shard, codes):
@@ -89,8 +89,7 @@ class _Check:
             places = np.flatnonzero(np.isin(hashes, suspects))
             if not len(places):
                 continue
-            with pq.ParquetFile(self.folder / index) as file:
-                keys = _of_pictures(file.read(["key", "position"]))
+            keys = _of_pictures(read_columns(self.folder, index, ("key", "position")))
             for key in keys.take(pa.array(places)).to_pylist():
                 if key in seen:
                     self._say(index, f"key {key!r} is that of another picture in {seen[key]} too")

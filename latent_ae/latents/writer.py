@@ -165,13 +165,14 @@ def write_shard(
     write_whole(file, content)
     means, logvars = (list(found.get(name, {}).values()) for name in ("mean", "logvar"))
     encoded = [row for row in shard.rows if row.skipped is None]
+    pictures = len({row.position for row in encoded})
     record = ShardRecord(
         file=unit.shard,
         index=unit.index,
         rows=len(encoded),
         sha256=hashlib.sha256(content).hexdigest(),
-        pictures=len({row.position for row in encoded}),
-        skipped=len(shard.rows) - len(encoded),
+        pictures=pictures,
+        skipped=len({row.position for row in shard.rows}) - pictures,
         highest_label=max((row.label for row in encoded if row.label is not None), default=-1),
         last=shard.last,
         moments=Moments.of(means, logvars),
