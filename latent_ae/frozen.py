@@ -201,7 +201,8 @@ def posterior_of(output: Any) -> tuple[Tensor, Tensor | None]:
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"{folder} is no exported autoencoder: it has no config.json")
+        hint = f"; try {folder / 'vae'}" if (folder / "model_index.json").is_file() else ""
+        raise UserError(f"{folder} is no exported autoencoder: it has no config.json{hint}")
     try:
         name = json.loads(config.read_text())["_class_name"]
     except (OSError, ValueError, TypeError, KeyError) as error:

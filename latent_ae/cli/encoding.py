@@ -209,7 +209,12 @@ def _run(model: Path, config: Any, out: Path, ray: int | None, options: dict[str
     else:
         from latent_ae.latents import encode
 
-        manifest = encode(model, config, out, console=console, **options)
+        try:
+            manifest = encode(model, config, out, console=console, **options)
+        except KeyboardInterrupt:
+            if console is not None:
+                console.print("stopped; the same command goes on", style="yellow")
+            raise SystemExit(130) from None
     if console is None:
         return
     hint = f" (latent-ae latents info {out})" if manifest.skipped else ""

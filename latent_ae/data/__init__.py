@@ -1,6 +1,6 @@
 """Pictures in: sources, decoding, crops, batches."""
 
-from latent_ae.data.decoding import UnreadableImage, decode_image, to_rgb
+from latent_ae.data.decoding import UnreadableFile, UnreadableImage, decode_image, to_rgb
 from latent_ae.data.filters import RowFilter
 from latent_ae.data.in_order import evaluation_batches
 from latent_ae.data.loader import TrainingStream, require_one_readable
@@ -28,6 +28,7 @@ __all__ = [
     "Source",
     "TrainingCrop",
     "TrainingStream",
+    "UnreadableFile",
     "UnreadableImage",
     "Variant",
     "Variants",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import warnings
 from typing import Any
@@ -9,11 +10,20 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["UnreadableImage", "decode_image", "to_rgb"]
+__all__ = ["UnreadableFile", "UnreadableImage", "decode_image", "to_rgb"]
 
 
 class UnreadableImage(Exception):
     """The picture cannot be read right; the message is the reason."""
+
+
+class UnreadableFile(UnreadableImage):
+    """The system refuses the file just now, whatever the picture: a mount that is gone, say."""
+
+
+# What says nothing of the picture. A file that is not there is the data set's own fault.
+_SYSTEM = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN}
+_SYSTEM |= {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETUNREACH}
 
 
 def decode_image(value: Any) -> Image.Image:
@@ -27,6 +37,7 @@ def decode_image(value: Any) -> Image.Image:
 
     Raises:
         UnreadableImage: truncated, no picture, or a kind with no certain reading.
+        UnreadableFile: likewise, where another time the same file may be read.
     """
     try:
         with warnings.catch_warnings():
@@ -37,6 +48,11 @@ def decode_image(value: Any) -> Image.Image:
                 return to_rgb(ImageOps.exif_transpose(picture))
     except UnreadableImage:
         raise
+    except MemoryError as error:
+        raise UnreadableFile("there is no memory left to decode a picture") from error
+    except OSError as error:  # Pillow's own has no number
+        kind = UnreadableFile if error.errno in _SYSTEM else UnreadableImage
+        raise kind(f"{type(error).__name__}: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly every type there is
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 

@@ -18,6 +18,9 @@ from latent_ae.errors import UserError
 
 __all__ = ["SOURCES", "Source", "open_source", "source_of"]
 
+_NUMBERS = ("int", "uint", "float")
+# Columns that are read for a key, a label or a caption without being named.
+_WORDS = ("__key__", "label", "cls", "json", "caption", "text", "txt")
 _EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 
 
@@ -29,6 +32,7 @@ class Source:
         rows: a `datasets.Dataset`, or an `IterableDataset` when streaming; pictures undecoded.
         image_column: the column of the picture.
         label_names: the classes in order, empty when there are none.
+        other_columns: more of pictures, for rows where that one is empty (tars of jpg and png).
         root: the folder that keys are relative to, for sources of files.
         key_column: of the name, where the config says it; likewise the next two.
         label_column: of the class.
@@ -39,6 +43,7 @@ class Source:
     rows: Any
     image_column: str
     label_names: list[str]
+    other_columns: tuple[str, ...] = ()
     root: Path | None = None
     key_column: str | None = None
     label_column: str | None = None
@@ -47,29 +52,32 @@ class Source:
 
     def key(self, row: dict[str, Any], position: int) -> str:
         """A name for the row: its path below the root, its `__key__`, or its position."""
-        if self.key_column is not None:
+        if self.key_column is not None and row[self.key_column] is not None:
             return str(row[self.key_column])
         if "__key__" in row:
             return str(row["__key__"])
-        value = row[self.image_column]
+        value = self.picture(row)
         path = value.get("path") if isinstance(value, dict) else None
         if path and self.root and Path(path).is_relative_to(self.root):
             return Path(path).relative_to(self.root).as_posix()
         return f"{position:09d}"
+
+    def picture(self, row: dict[str, Any]) -> Any:
+        """The undecoded picture of a row; None where there is none."""
+        columns = (self.image_column, *self.other_columns)
+        return next((row[name] for name in columns if row[name] is not None), None)
 
     def label(self, row: dict[str, Any]) -> int | None:
         """A class index by any of the names that data sets give it; `cls` is webdataset's."""
         if self.label_column is not None:
             values = [row[self.label_column]]
         else:
-            values = [row.get("label"), row.get("cls"), (row.get("json") or {}).get("label")]
+            values = [row.get("label"), row.get("cls"), _part(row.get("json"), "label")]
         for value in values:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-            if isinstance(value, str | bytes) and value.strip().isdigit():
-                return int(value)
             if isinstance(value, str) and value in self._label_places:
                 return self._label_places[value]
+            if (number := _whole_number(value)) is not None:
+                return number
         return None
 
     def caption(self, row: dict[str, Any]) -> str | None:
@@ -78,7 +86,7 @@ class Source:
             values = [row[self.caption_column]]
         else:
             values = [*map(row.get, ("caption", "text", "txt"))]
-            values.append((row.get("json") or {}).get("caption"))
+            values.append(_part(row.get("json"), "caption"))
         for value in values:
             first = value[0] if isinstance(value, list) and value else value
             if isinstance(first, str):
@@ -88,6 +96,20 @@ class Source:
     @cached_property
     def _label_places(self) -> dict[str, int]:
         return {name: place for place, name in enumerate(self.label_names)}
+
+
+def _whole_number(value: Any) -> int | None:
+    """A label as a number: of any type that can be one, as large as the index holds."""
+    if isinstance(value, str | bytes):
+        value = int(value) if value.isascii() and value.strip().isdigit() else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if value % 1 == 0 and abs(value) < 1 << 62 else None
+
+
+def _part(content: Any, name: str) -> Any:
+    """A value of webdataset's `json`; None where a column of that name is something else."""
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -181,7 +203,11 @@ def _load(builder: str, config: SourceConfig, **options: Any) -> Any:
 
 
 def _refusal(config: SourceConfig, error: Exception) -> UserError:
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # `datasets` says only that an error occurred
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "corresponds to no data" in lines[0]:
+        return UserError(f"{config.path} holds no pictures")
     return UserError(f"the source {config.source} at {config.path} cannot be opened: {lines[0]}")
 
 
@@ -205,13 +231,22 @@ def _prepare(rows: Any, config: SourceConfig) -> Source:
     if column is None or column not in features:
         wanted = f"no column {column!r}" if column else "no column of pictures"
         raise UserError(f"{config.path} has {wanted}; its columns: {', '.join(features)}")
-    rows = rows.cast_column(column, datasets.Image(decode=False))
+    # The others are left undecoded too: a damaged mask is no reason to lose the picture.
+    pictures = [n for n, f in features.items() if n == column or isinstance(f, datasets.Image)]
+    for name in pictures:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
     named = _named_columns(config, features)
     if config.filter is not None:
         rows = _filtered(rows, RowFilter(config.filter), features)
+    others: tuple[str, ...] = ()
+    if config.source == "webdataset" and config.image_column is None:
+        others = tuple(name for name in pictures if name != column and name in _EXTENSIONS)
+    wanted = [column, *others, *_WORDS, *named.get("keep", ())]
+    wanted += [named.get(f"{name}_column") for name in ("key", "label", "caption")]
+    rows = rows.select_columns([name for name in features if name in wanted])
     names = _label_names(rows, named.get("label_column"), features)
     root = Path(config.path).resolve() if config.source == "imagefolder" else None
-    return Source(rows, column, names, root, **named)
+    return Source(rows, column, names, others, root, **named)
 
 
 def _named_columns(config: SourceConfig, features: Any) -> dict[str, Any]:
@@ -233,12 +268,15 @@ def _label_names(rows: Any, column: str | None, features: Any) -> list[str]:
     feature = features.get(column or "label")
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    words = column is not None and getattr(feature, "dtype", "") in ("string", "large_string")
-    if not words:
+    if getattr(feature, "dtype", "") not in ("string", "large_string"):
+        if column is not None and not str(getattr(feature, "dtype", "")).startswith(_NUMBERS):
+            raise UserError(f"the column {column!r} holds neither numbers nor words for labels")
         return []
     if not hasattr(rows, "__len__"):
+        if column is None:
+            return []
         raise UserError(f"the labels in {column!r} are words, whose order no stream can know")
-    found = sorted(value for value in rows.unique(column) if value is not None)
+    found = sorted(value for value in rows.unique(column or "label") if value is not None)
     return [] if all(value.strip().isdigit() for value in found) else found
 
 

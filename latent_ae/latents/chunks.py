@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latent_ae.data import Source, UnreadableImage, Variants, decode_image
+from latent_ae.data import Source, UnreadableFile, UnreadableImage, Variants, decode_image
+from latent_ae.errors import UserError
 from latent_ae.latents.plan import Plan, Unit, stream_files
 
 __all__ = ["Chunk", "Row", "load_chunks"]
@@ -41,9 +43,11 @@ class Chunk:
     unit: Unit
     rows: list[Row]
     images: dict[tuple[int, int], Tensor]
+    checks: dict[tuple[int, int], list[int]]  # a checksum of each image
     pictures: int
     ends_unit: bool
     ends_file: bool
+    failure: str = ""  # why the run cannot go on
 
     def pin_memory(self) -> Chunk:
         """Called by the loader's pinning thread."""
@@ -71,15 +75,22 @@ class _Cutter(Dataset[Chunk]):
     def __getitem__(self, order: _Order) -> Chunk:
         rows: list[Row] = []
         images: dict[tuple[int, int], list[Tensor]] = {}
-        for place, position in enumerate(order.positions):
-            content = order.rows[place] if order.rows else self.source.rows[position]
-            for row, image in self._codes(order.unit, content, position):
-                rows.append(row)
-                if row.size is not None and image is not None:
-                    images.setdefault(row.size, []).append(image)
+        failure = ""
+        try:
+            for place, position in enumerate(order.positions):
+                content = order.rows[place] if order.rows else self.source.rows[position]
+                for row, image in self._codes(order.unit, content, position):
+                    rows.append(row)
+                    if row.size is not None and image is not None:
+                        images.setdefault(row.size, []).append(image)
+        except UnreadableFile as error:  # told in words: an exception would bring a traceback along
+            failure = f"{error}; the same command goes on when it can be read"
         stacked = {size: torch.stack(found) for size, found in images.items()}
-        ends = (order.ends_unit, order.ends_file)
-        return Chunk(order.unit, rows, stacked, len(order.positions), *ends)
+        checks = {
+            size: [zlib.crc32(i.numpy().data) for i in found] for size, found in images.items()
+        }
+        ends = (order.ends_unit, order.ends_file, failure)
+        return Chunk(order.unit, rows, stacked, checks, len(order.positions), *ends)
 
     def _codes(
         self, unit: Unit, content: dict[str, Any], position: int
@@ -97,10 +108,15 @@ class _Cutter(Dataset[Chunk]):
             {name: content[name] for name in source.keep},
         )
         try:
-            picture = decode_image(content[source.image_column])
+            picture = decode_image(source.picture(content))
             row = replace(row, width=picture.width, height=picture.height)
             variants = self.variants(picture, seed)
+        except UnreadableFile:
+            raise
         except UnreadableImage as error:
+            gone = isinstance(error.__cause__, FileNotFoundError) and source.root is not None
+            if gone and not source.root.exists():  # pyright: ignore[reportOptionalMemberAccess]
+                raise UnreadableFile(f"{source.root} is not there any more") from error
             yield replace(row, skipped=str(error)), None
             return
         for image, left, top, flipped in variants:
@@ -119,6 +135,7 @@ def load_chunks(
     done: Collection[Unit] = (),
     batch_size: int,
     workers: int,
+    pin: bool = False,
 ) -> Iterator[Chunk]:
     """The rows of this process's units, in order, cut and stacked.
 
@@ -131,6 +148,10 @@ def load_chunks(
         done: units of a stream to pass over.
         batch_size: rows a chunk.
         workers: loader processes; decoding is spread over them, reading a stream is not.
+        pin: put the pictures where a GPU can fetch them by itself.
+
+    Raises:
+        UserError: a file cannot be read now, which another time may be; a stream breaks off.
     """
     if plan.data.rows is not None:
         orders: Iterator[_Order] = _random_access(plan, units, batch_size)
@@ -142,10 +163,13 @@ def load_chunks(
         sampler=_Once(orders),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin,
         generator=torch.Generator(),  # the global one stays as it is
     )
-    yield from loader
+    for chunk in loader:
+        if chunk.failure:
+            raise UserError(chunk.failure)
+        yield chunk
 
 
 class _Once:
@@ -189,6 +213,7 @@ def _file_orders(
     number: int, rows: Iterator[dict[str, Any]], shard_rows: int, batch_size: int
 ) -> Iterator[_Order]:
     """All of a file; one row ahead, because only its end tells which part is the last."""
+    rows = _told(number, rows)
     position, ahead = 0, next(rows, None)
     order = _Order(Unit(number, 0), [], [])
     while ahead is not None:
@@ -203,3 +228,16 @@ def _file_orders(
             order = _Order(Unit(number, position // shard_rows), [], [])
     if position == 0:
         yield replace(order, ends_unit=True, ends_file=True)
+
+
+def _told(number: int, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same, what its reader raises told by place: a torn tar, a network that is gone."""
+    position = -1
+    try:
+        for position, row in enumerate(rows):  # noqa: B007
+            yield row
+    except Exception as error:  # whatever a builder's reader raises
+        raise UserError(
+            f"file {number} of the stream breaks off after {position + 1} rows "
+            f"({type(error).__name__}: {error}); repair or remove it, or run the same command again"
+        ) from error

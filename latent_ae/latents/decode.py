@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -107,5 +108,11 @@ def _decoded(frozen: FrozenAutoencoder, rows: list[dict]) -> torch.Tensor:
 def _file_of(out: Path, key: str) -> Path:
     """A key's PNG below `out`: a key with `..` or a leading `/` must not leave it."""
     parts = [part for part in PurePosixPath(key).parts if part not in ("/", "..")]
+    parts = [part if len(part.encode()) <= 200 else _short(part) for part in parts]
     path = out.joinpath(*parts) if parts else out / "picture"
     return path.with_name(path.name + ".png")
+
+
+def _short(part: str) -> str:
+    """Keys may be URLs; file systems take 255 bytes."""
+    return part[:40] + "-" + hashlib.sha256(part.encode()).hexdigest()[:16]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from latent_ae.data import Source, open_source, source_of
 from latent_ae.errors import UserError
 from latent_ae.frozen import PRECISIONS, FrozenAutoencoder, fast_precision
 from latent_ae.latents.chunks import Chunk, load_chunks
-from latent_ae.latents.encoder import DTYPES, BatchEncoder, Batches, EncodedBatch
+from latent_ae.latents.encoder import DTYPES, BatchEncoder, Batches
 from latent_ae.latents.files import FolderLock
 from latent_ae.latents.folder import Done, UnfinishedFolder
 from latent_ae.latents.format import AutoencoderRecord, LatentsManifest, read_manifest
@@ -38,7 +37,7 @@ from latent_ae.latents.spool import Spool
 from latent_ae.latents.writer import OpenShard, ShardWriter
 from latent_ae.processes import from_main, place, wait_for_everyone
 
-__all__ = ["Job", "claim", "encode"]
+__all__ = ["Job", "claim", "encode", "require_outside"]
 
 _SHARD_BYTES = 64 << 20
 
@@ -129,22 +128,26 @@ class Job:
             encoded=lambda b: None if b.replayed else progress.encoded(len(b.finite), b.seconds),
         )
         options = {"batch_size": self.batch_size, "workers": self.workers, **stream}
+        options["pin"] = self.frozen.device.type == "cuda"
         shard: OpenShard | None = None
-        replay: deque[EncodedBatch] = deque()
+        replayed = 0
 
-        def full(size: tuple[int, int], images: Tensor) -> None:
+        def full(images: Tensor, checks: list[int]) -> None:
+            nonlocal replayed
             assert shard is not None
-            if replay and (replay[0].size, len(replay[0].finite)) == (size, len(images)):
-                writer.batch(shard, replay.popleft())
-            else:
-                replay.clear()
-                writer.batch(shard, encoder(images))
+            before = shard.spool.batches
+            if replayed < len(before) and before[replayed].checks == checks:
+                writer.batch(shard, before[replayed])
+                replayed += 1
+                return
+            shard.spool.keep(replayed)  # nothing of it is written to before these are used up
+            writer.batch(shard, encoder(images, checks))
 
         try:
             for chunk in _timed(load_chunks(self.source, self.plan, units, **options), progress):
                 if shard is None:
                     shard = self._open(folder, chunk.unit)
-                    replay = deque(shard.spool.batches)
+                    replayed = 0
                 shard.rows += chunk.rows
                 batches.add(chunk, full)
                 progress.advance(chunk.pictures)
@@ -225,6 +228,7 @@ def encode(
         device=device,
     )
     out = Path(out)
+    require_outside(out, config)
     folder, found = claim(out, job.plan, world)
     if isinstance(found, LatentsManifest):
         return found
@@ -279,7 +283,7 @@ def _share(plan: Plan, done: Done, rank: int, world: int) -> dict[str, Any]:
         return {"units": [unit for unit in units if unit not in done.units][rank::world]}
     files = range(plan.data.files or 1)
     open_files = [number for number in files if number not in done.files]
-    if len(files) >= world:
+    if len(open_files) >= world:
         return {"units": (), "files": open_files[rank::world], "done": done.units}
     return {"units": (), "files": open_files, "share": (rank, world), "done": done.units}
 
@@ -293,6 +297,13 @@ def _timed(chunks: Iterator[Chunk], progress: EncodeProgress) -> Iterator[Chunk]
         if chunk is None:
             return
         yield chunk
+
+
+def require_outside(out: Path, config: SourceConfig) -> None:
+    """Refuses a folder whose own index the source would read as data, when it is opened again."""
+    inside = Path(config.path).resolve() in out.resolve().parents
+    if inside and config.source in ("parquet", "webdataset"):
+        raise UserError(f"{out} lies in the data, {config.path}, and would become part of it")
 
 
 def _workers(device: torch.device) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class EncodedBatch:
         size: of the pictures, (H, W).
         tensors: `mean` and `logvar`, or `indices`, each of shape (B, …), in the stored type.
         finite: of shape (B,), whether all of a code's values are.
+        checks: of the pictures, so that no other's codes are taken for theirs.
         ready: CUDA events around the work; None on a CPU.
         seconds: that the encoder took, known at once on a CPU.
         replayed: it comes from an earlier run's spool.
@@ -42,6 +43,7 @@ class EncodedBatch:
     size: tuple[int, int]
     tensors: dict[str, Tensor]
     finite: Tensor
+    checks: list[int] = field(default_factory=list)
     ready: tuple[Any, Any] | None = None
     seconds: float = 0.0
     replayed: bool = False
@@ -71,29 +73,32 @@ class Batches:
     def __init__(self, device: torch.device, batch_size: int) -> None:
         self.device, self.batch_size = device, batch_size
         self._waiting: dict[tuple[int, int], list[Tensor]] = {}
+        self._checks: dict[tuple[int, int], list[int]] = {}
 
-    def add(self, chunk: Chunk, full: Callable[[tuple[int, int], Tensor], None]) -> None:
-        """Takes a chunk in; `full` is given the size and pictures of each batch that is complete.
+    def add(self, chunk: Chunk, full: Callable[[Tensor, list[int]], None]) -> None:
+        """Takes a chunk in; `full` is given the pictures and checksums of each complete batch.
 
         The pictures are uint8, a quarter of what floats would be on their way to the device.
         """
         for size, images in chunk.images.items():
             waiting = self._waiting.setdefault(size, [])
             waiting.append(images.to(self.device, non_blocking=True))
+            self._checks.setdefault(size, []).extend(chunk.checks[size])
             while sum(map(len, waiting)) >= self.batch_size:
-                full(size, self._take(waiting, self.batch_size))
+                full(*self._take(size, self.batch_size))
         if chunk.ends_unit:
             for size, waiting in sorted(self._waiting.items()):
                 if rest := sum(map(len, waiting)):
-                    full(size, self._take(waiting, rest))
+                    full(*self._take(size, rest))
 
-    @staticmethod
-    def _take(waiting: list[Tensor], count: int) -> Tensor:
+    def _take(self, size: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
+        waiting, checks = self._waiting[size], self._checks[size]
+        taken, checks[:] = checks[:count], checks[count:]
         if len(waiting) == 1 and len(waiting[0]) == count:  # no copy where chunks are batches
-            return waiting.pop()
+            return waiting.pop(), taken
         images = torch.cat(waiting)
         waiting[:] = [images[count:]] if len(images) > count else []
-        return images[:count]
+        return images[:count], taken
 
 
 class BatchEncoder:
@@ -108,20 +113,22 @@ class BatchEncoder:
         self.frozen, self.storage = frozen, storage
         self.dtype = DTYPES[storage.dtype]
 
-    def __call__(self, images: Tensor) -> EncodedBatch:
+    def __call__(self, images: Tensor, checks: list[int]) -> EncodedBatch:
         """Encodes uint8 pictures of shape (B, 3, H, W); on a GPU it returns before that is done."""
         size = (images.shape[2], images.shape[3])
         if self.frozen.device.type != "cuda":
             began = time.perf_counter()
             tensors, finite = self._codes(images)
-            return EncodedBatch(size, tensors, finite, seconds=time.perf_counter() - began)
-        events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        tensors, finite = self._codes(images)
-        host = {name: _to_pinned(tensor) for name, tensor in tensors.items()}
-        finite = _to_pinned(finite)
-        events[1].record()
-        return EncodedBatch(size, host, finite, ready=(events[0], events[1]))
+            seconds = time.perf_counter() - began
+            return EncodedBatch(size, tensors, finite, checks, seconds=seconds)
+        with torch.cuda.device(self.frozen.device):  # whose stream the events shall be in
+            events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            tensors, finite = self._codes(images)
+            host = {name: _to_pinned(tensor) for name, tensor in tensors.items()}
+            finite = _to_pinned(finite)
+            events[1].record()
+        return EncodedBatch(size, host, finite, checks, ready=(events[0], events[1]))
 
     @torch.no_grad()
     def _codes(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:

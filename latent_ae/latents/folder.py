@@ -29,7 +29,7 @@ PLAN = "unfinished.json"
 # Anything else is somebody's, such as webdataset's shard-0.tar.
 _OWN = re.compile(
     r"shard-\d{6}(-\d{6})?\.safetensors|index-\d{6}(-\d{6})?\.parquet|manifest\.json"
-    r"|unfinished\.json|\.lock|spool-\d{6}(-\d{6})?\.bin|\..+\.tmp"
+    r"|unfinished\.json|\.lock|spool-\d{6}(-\d{6})?\.bin|\..+\.tmp|\.nfs.*|\.DS_Store"
 )
 
 
@@ -117,7 +117,10 @@ class UnfinishedFolder:
             versions={name: version(name) for name in ("latent_ae", "torch", "diffusers")},
         )
         if not manifest.count:
-            raise UserError(f"not one picture could be encoded: {_first_reason(self.path, units)}")
+            raise UserError(
+                f"not one picture could be encoded: {_first_reason(self.path, units)}; when that is "
+                f"mended, remove {self.path} and run again"
+            )
         content = manifest.model_dump_json(indent=2) + "\n"
         write_whole(self.path / MANIFEST, content.encode())
         self._clean()

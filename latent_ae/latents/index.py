@@ -54,7 +54,7 @@ class LatentIndex:
                 new = np.ones(part.num_rows, bool)
             begins.append(np.flatnonzero(new) + count)
             count += part.num_rows
-            tables.append(part.select(list(columns)))
+            tables.append(_large(part.select(list(columns))))
         self.shard, self.row, self.size = (
             np.concatenate(parts or [np.empty(0, np.int32)]) for parts in (shard, row, size)
         )
@@ -92,6 +92,12 @@ def read_index(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file.parent} is damaged: {file.name}: {error}") from error
     return table.filter(table["row"].is_valid()) if table["row"].null_count else table
+
+
+def _large(table: pa.Table) -> pa.Table:
+    """Words with 64-bit offsets: a column of them may have more than two gigabytes."""
+    types = [(f.name, pa.large_string() if f.type == pa.string() else f.type) for f in table.schema]
+    return table.cast(pa.schema(types)) if table.num_columns else table
 
 
 def _places(part: pa.Table, place: dict[tuple[int, int], int]) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -92,14 +94,15 @@ def data_record(config: EncodingSource, source: Source) -> DataRecord:
     known = hasattr(source.rows, "__len__")
     rows = len(source.rows) if known else None
     digest = hashlib.sha256()
-    for place in _spread(rows or 0):
-        digest.update(source.key(source.rows[place], place).encode() + b"\0")
+    spread = ((place, source.rows[place]) for place in _spread(rows or 0))
+    for place, row in spread if known else enumerate(itertools.islice(source.rows, 1)):
+        digest.update(source.key(row, place).encode() + b"\0" + _first_bytes(source.picture(row)))
     columns = (config.key_column, config.label_column, config.caption_column)
     return DataRecord(
         **config.model_dump(include={"source", "path", "split", "filter", "limit"}),
         rows=rows,
         files=None if known else _files_of(source, config.limit),
-        fingerprint=digest.hexdigest() if known else "",
+        fingerprint=digest.hexdigest(),
         label_names=source.label_names,
         columns=[source.image_column, *(name or "" for name in columns), *config.keep],
     )
@@ -156,7 +159,7 @@ def describe_difference(before: Plan, now: Plan) -> str | None:
             was, is_now = getattr(old, name), getattr(new, name)
             if name not in _FREE and was != is_now:
                 if name == "fingerprint":
-                    return "pictures of other names"
+                    return "other pictures"
                 return f"{part}.{name} {was!r}, not {is_now!r}"
     return None
 
@@ -164,6 +167,19 @@ def describe_difference(before: Plan, now: Plan) -> str | None:
 def _spread(count: int) -> list[int]:
     """Up to 64 places, evenly spread: enough to notice another data set, cheap in any."""
     return sorted({round(i * (count - 1) / 63) for i in range(64)}) if count else []
+
+
+def _first_bytes(value: Any) -> bytes:
+    """How long a picture's file is, and how it begins."""
+    path = value.get("path") if isinstance(value, dict) else None
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(content, bytes):
+        return f"{len(content)} ".encode() + content[:4096]
+    try:
+        with open(path or "", "rb") as file:
+            return f"{os.fstat(file.fileno()).st_size} ".encode() + file.read(4096)
+    except (OSError, TypeError):  # an URL of a stream, an array, no picture: the key must do
+        return b""
 
 
 def _files_of(source: Source, limit: int | None) -> int:

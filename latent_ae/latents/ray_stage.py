@@ -15,7 +15,8 @@ import torch
 from latent_ae.config import EncodingSource, Preprocessing, SourceConfig
 from latent_ae.data import source_of
 from latent_ae.errors import UserError
-from latent_ae.latents.encode import Job, claim
+from latent_ae.frozen import fast_precision
+from latent_ae.latents.encode import Job, claim, require_outside
 from latent_ae.latents.format import LatentsManifest, read_manifest
 from latent_ae.latents.plan import Plan, Unit, describe_difference
 from latent_ae.latents.progress import EncodeProgress
@@ -92,34 +93,30 @@ def encode_on_ray(
     limit = {"limit": options.pop("limit")} if options.get("limit") else {}
     config = EncodingSource.model_validate(config.model_dump() | limit)
     cut = preprocessing or Preprocessing()
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    if gpus_per_actor is None:
+        gpus_per_actor = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+    # What depends on the device is chosen here, once for all: for GPUs, whatever the driver has.
+    precision = "bf16" if gpus_per_actor else fast_precision(torch.device("cpu"))
+    options["precision"] = options.get("precision") or precision
+    options["batch_size"] = options.get("batch_size") or (32 if gpus_per_actor else 2)
     job = Job.of(model, config, cut, device="cpu", **options)  # the driver only plans
     units = job.plan.units()
     if units is None:
         raise UserError("Ray encodes sources with random access: leave out streaming")
     out = Path(out).resolve()
+    require_outside(out, config)
     folder, found = claim(out, job.plan)
     if isinstance(found, LatentsManifest):
         return found
     assert folder is not None
     try:
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
-        if gpus_per_actor is None:
-            gpus_per_actor = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-        if gpus_per_actor == 0:  # the driver's choice for its CPU is every actor's too
-            options["batch_size"] = job.batch_size
-        left = [{"unit": unit.number} for unit in units if unit not in found.units]
-        arguments = {"preprocessing": cut.model_dump(), **options}
-        arguments["device"] = None if gpus_per_actor else torch.device("cpu")
-        if left:
-            _run(
-                left,
-                (str(model), config.model_dump(), str(out)),
-                job,
-                arguments,
-                actors,
-                gpus_per_actor,
-            )
+        if left := [{"unit": unit.number} for unit in units if unit not in found.units]:
+            places = (str(model), config.model_dump(), str(out), job.plan.model_dump_json())
+            arguments = {"preprocessing": cut.model_dump(), **options}
+            arguments["device"] = None if gpus_per_actor else torch.device("cpu")
+            _run(left, places, arguments, actors, gpus_per_actor)
         folder.finish()
     finally:
         folder.release()
@@ -129,20 +126,28 @@ def encode_on_ray(
 def _run(
     left: list[dict[str, int]],
     places: tuple[Any, ...],
-    job: Job,
     arguments: dict[str, Any],
     actors: int,
     gpus: float,
 ) -> None:
     import ray.data
+    import ray.exceptions
 
     rows = ray.data.from_items(left, override_num_blocks=len(left))
     done = rows.map_batches(
         ShardStage,
-        fn_constructor_args=(*places, job.plan.model_dump_json()),
+        fn_constructor_args=places,
         fn_constructor_kwargs=arguments,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(left))),
         num_gpus=gpus or None,
     )
-    done.materialize()
+    try:
+        done.materialize()
+    except ray.exceptions.RayError as error:
+        # An actor's own sentence is the last line of what Ray makes of it.
+        last = str(error).strip().splitlines()[-1]
+        name, _, sentence = last.partition(": ")
+        if name.endswith("UserError"):
+            raise UserError(sentence) from error
+        raise

@@ -36,7 +36,7 @@ class OpenShard:
         self.unit, self.spool = unit, spool
         self.rows: list[Row] = []
         self.codes: dict[tuple[int, int], list[EncodedBatch]] = {}
-        self.pictures, self.last = 0, False
+        self.last = False
 
     def add(self, batch: EncodedBatch) -> None:
         """Takes in a batch of one size."""
@@ -82,7 +82,6 @@ class ShardWriter(threading.Thread):
         folder: the latents folder.
         plan: what it holds.
         kept: the columns carried into the index, with their Arrow types.
-        written: called with each shard's record, from this thread.
         encoded: called with each batch that the host has, from this thread.
     """
 
@@ -91,12 +90,11 @@ class ShardWriter(threading.Thread):
         folder: Path,
         plan: Plan,
         kept: dict[str, pa.DataType],
-        written: Callable[[ShardRecord], None] = lambda record: None,
         encoded: Callable[[EncodedBatch], None] = lambda batch: None,
     ) -> None:
         super().__init__(name="latents writer", daemon=True)
         self.folder, self.plan, self.kept = folder, plan, kept
-        self.written, self.encoded = written, encoded
+        self.encoded = encoded
         # Bounded: an encoder that is faster than the disk has to wait.
         self._queue: queue.Queue[tuple[OpenShard, EncodedBatch | None] | None] = queue.Queue(8)
         self._error: BaseException | None = None
@@ -112,7 +110,7 @@ class ShardWriter(threading.Thread):
 
     def close(self) -> None:
         """Waits until everything is written; raises what went wrong."""
-        self._put(None)
+        self._queue.put(None)  # also after an error, when the thread only empties the queue
         self.join()
         self._raise()
 
@@ -132,9 +130,8 @@ class ShardWriter(threading.Thread):
             shard, batch = item
             try:
                 if batch is None:
-                    record = write_shard(self.folder, self.plan, shard, self.kept)
+                    write_shard(self.folder, self.plan, shard, self.kept)
                     shard.spool.remove()
-                    self.written(record)
                 else:
                     batch.wait()
                     self.encoded(batch)
@@ -185,7 +182,7 @@ def write_shard(
 def index_table(rows: list[Row], factor: int, kept: dict[str, pa.DataType]) -> pa.Table:
     """The index of a shard; `row` counts the codes of each size, in their order."""
     counts: dict[tuple[int, int], int] = {}
-    columns: dict[str, list[Any]] = {name: [] for name in (*INDEX_COLUMNS, *kept)}
+    columns: dict[str, list[Any]] = {name: [] for name in (*INDEX_COLUMNS, *map(_free_name, kept))}
     for row in rows:
         place, latent = None, (None, None)
         if row.skipped is None and row.size is not None:
@@ -196,9 +193,14 @@ def index_table(rows: list[Row], factor: int, kept: dict[str, pa.DataType]) -> p
         for name in INDEX_COLUMNS:
             columns[name].append(own[name])
         for name in kept:
-            columns[name].append(row.kept[name])
-    types = INDEX_COLUMNS | kept
+            columns[_free_name(name)].append(row.kept[name])
+    types = INDEX_COLUMNS | {_free_name(name): kind for name, kind in kept.items()}
     return pa.table({name: pa.array(columns[name], types[name]) for name in columns})
+
+
+def _free_name(name: str) -> str:
+    """A kept column's in the index, whose own `width` is not the data set's."""
+    return f"data.{name}" if name in INDEX_COLUMNS else name
 
 
 def _empty(plan: Plan) -> dict[str, Tensor]:
