@@ -3,7 +3,8 @@
     python benchmarks/encode.py PHOTOS [--images 32] [--rounds 3] [--network kl_f8]
 
 For a network of configs/ with random weights (the time does not depend on them), in turns within
-one run, on the same pictures, with the same batch size, each timed once its model and data are open:
+one run, on the same pictures, with the same batch size, each timed from when model and data are
+open:
 
 - the encoder alone: pictures that are on the device already, through `FrozenAutoencoder` in bf16;
 - latent-ae encode: what `latent_ae.encode` does until the folder is finished;
@@ -76,16 +77,19 @@ def main(
 
 def compare(root, images, rounds, resolution, batch_size, workers):
     """Prints the table; a first, untimed round of fewer pictures warms up."""
-    frozen = FrozenAutoencoder(root / "vae", DEVICE, "bf16")
+    source = EncodingSource(path=str(root / "photos"))
+    cut, options = Preprocessing(resolution=resolution), {"workers": workers, "device": DEVICE}
+    job = Job.of(root / "vae", source, cut, batch_size=batch_size, precision="bf16", **options)
+    frozen = job.frozen  # the same object for both, as warm for one as for the other
     files = sorted((root / "photos").iterdir())
-    cut = CenterCrop(resolution)
-    pixels = torch.stack([cut(Image.open(f).convert("RGB")) for f in files]).to(DEVICE)
+    crop = CenterCrop(resolution)
+    pixels = torch.stack([crop(Image.open(f).convert("RGB")) for f in files]).to(DEVICE)
     plain = AutoencoderKL.from_pretrained(root / "vae").eval().requires_grad_(False).to(DEVICE)
     half = AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.bfloat16).eval()
     half = half.requires_grad_(False).to(DEVICE)
     contestants = {
         "the encoder alone": lambda: alone(frozen, pixels, batch_size),
-        "**latent-ae encode**": lambda: ours(root, resolution, batch_size, workers),
+        "**latent-ae encode**": lambda: ours(root, job),
         "plain loop, bf16": lambda: loop(half, root, resolution, batch_size),
         "plain loop, fp32": lambda: loop(plain, root, resolution, batch_size),
         "`Dataset.map`, fp32": lambda: mapped(plain, root, resolution, batch_size),
@@ -116,12 +120,9 @@ def alone(frozen, pixels, batch_size):
     return time.perf_counter() - began
 
 
-def ours(root, resolution, batch_size, workers):
+def ours(root, job):
     """What encode does, without opening the model and the data."""
     out = Path(tempfile.mkdtemp(dir=root))
-    source = EncodingSource(path=str(root / "photos"))
-    cut = Preprocessing(resolution=resolution)
-    job = Job.of(root / "vae", source, cut, batch_size=batch_size, workers=workers, device=DEVICE)
     began = time.perf_counter()
     folder, _ = claim(out, job.plan)
     with EncodeProgress(None, None) as progress:

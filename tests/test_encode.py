@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -145,6 +146,57 @@ class TestSources:
         source = EncodingSource(source="parquet", path=str(table), **named)
         with pytest.raises(UserError, match=r"no column 'none'; its columns: thumb, picture"):
             encode(exported, source, tmp_path / "out", resolution=64, **FAST)
+
+    def test_labels_of_any_kind(self, exported, tmp_path):
+        pictures = [photograph(name, 64) for name in NAMES]
+        content = {"image": pictures, "label": ["b", "a", None, "b"], "one": [1.0, 2.5, None, 3.0]}
+        content |= {"big": [(1 << 63) - 1, 1, 2, 3], "width": [7, 8, 9, 10], "json": ["x"] * 4}
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.Value("string")}
+            | {"one": datasets.Value("float32"), "big": datasets.Value("int64")}
+            | {"width": datasets.Value("int32"), "json": datasets.Value("string")}
+        )
+        rows = datasets.Dataset.from_dict(content, features=features)
+        rows.to_parquet(tmp_path / "x.parquet")
+
+        def labels(out, **more):
+            source = EncodingSource(source="parquet", path=str(tmp_path / "x.parquet"), **more)
+            encode(exported, source, tmp_path / out, resolution=64, **FAST)
+            return [row["label"] for row in rows_of(tmp_path / out)]
+
+        assert labels("words") == [1, 0, None, 1]
+        assert labels("floats", label_column="one") == [1, None, None, 3]
+        assert labels("large", label_column="big", keep=("width",)) == [None, 1, 2, 3]
+        (first, *_) = rows_of(tmp_path / "large")
+        assert (first["width"], first["data.width"]) == (64, 7)
+        with pytest.raises(UserError, match="'image' holds neither numbers nor words"):
+            labels("no", label_column="image")
+
+    def test_a_folder_inside_the_data_is_refused(self, exported, tars, tmp_path):
+        shutil.copytree(tars, tmp_path / "tars")
+        with pytest.raises(UserError, match="lies in the data"):
+            encode(exported, tmp_path / "tars", tmp_path / "tars/out", resolution=64, **FAST)
+        assert not (tmp_path / "tars/out").exists()
+
+    def test_a_torn_tar_is_told_by_its_place(self, exported, tars, tmp_path):
+        shutil.copytree(tars, tmp_path / "tars")
+        file = tmp_path / "tars/1.tar"
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        source = EncodingSource(source="webdataset", path=str(tmp_path / "tars"), streaming=True)
+        with pytest.raises(UserError, match=r"file 1 of the stream breaks off after \d+ rows"):
+            encode(exported, source, tmp_path / "out", resolution=64, **FAST)
+        shutil.copy(tars / "1.tar", file)
+        assert encode(exported, source, tmp_path / "out", resolution=64, **FAST).count == 10
+
+    def test_another_columns_damage_costs_nothing(self, exported, table, tmp_path):
+        rows = datasets.load_dataset("parquet", data_files=str(table), split="train")
+        rows = rows.cast_column("thumb", datasets.Image(decode=False))
+        rows = rows.map(lambda row: {"thumb": {"bytes": b"damaged", "path": None}})
+        rows.cast_column("thumb", datasets.Image()).to_parquet(tmp_path / "x.parquet")
+        source = EncodingSource(
+            source="parquet", path=str(tmp_path / "x.parquet"), image_column="picture"
+        )
+        assert encode(exported, source, tmp_path / "out", resolution=64, **FAST).count == 4
 
     def test_words_are_no_labels_of_a_stream(self, exported, table, tmp_path):
         source = EncodingSource(source="parquet", path=str(table), streaming=True, **COLUMNS)
@@ -379,6 +431,61 @@ class TestRestart:
         encode(exported, dozen, out, **options)
         assert contents(out) == contents(tmp_path / "whole")
 
+    def test_a_picture_that_is_repaired_meanwhile(self, exported, dozen, tmp_path, monkeypatch):
+        """The codes of an earlier run must not slip to other keys."""
+        monkeypatch.setattr("latent_ae.latents.plan._spread", lambda count: [0])  # notices nothing
+        data, options = tmp_path / "data", {"resolution": 64, **FAST}
+        shutil.copytree(dozen, data)
+        (data / "01.png").write_bytes(b"damaged")
+        with monkeypatch.context() as patch:
+            stopped_after(patch, 3)
+            with pytest.raises(KeyboardInterrupt):
+                encode(exported, data, tmp_path / "out", **options)
+        shutil.copy(dozen / "01.png", data / "01.png")
+        encode(exported, data, tmp_path / "out", **options)
+        encode(exported, data, tmp_path / "fresh", **options)
+        ignored = {"manifest.json"}  # whose hash of the first bytes is the first run's
+        now, wanted = (contents(tmp_path / name) for name in ("out", "fresh"))
+        assert now.keys() == wanted.keys()
+        assert all(now[name] == wanted[name] for name in wanted.keys() - ignored)
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_other_pictures_of_the_same_names_are_refused(self, exported, tmp_path, streaming):
+        for folder, names in (("a", NAMES), ("b", NAMES[::-1])):
+            pictures = [photograph(name, 64) for name in names]
+            features = datasets.Features({"image": datasets.Image()})
+            (tmp_path / folder).mkdir()
+            rows = datasets.Dataset.from_dict({"image": pictures}, features=features)
+            rows.to_parquet(tmp_path / folder / "x.parquet")
+        sources = [
+            EncodingSource(source="parquet", path=str(tmp_path / f), streaming=streaming)
+            for f in ("a", "b")
+        ]
+        encode(exported, sources[0], tmp_path / "out", resolution=64, **FAST)
+        with pytest.raises(UserError, match="other pictures"):
+            encode(exported, sources[1], tmp_path / "out", resolution=64, **FAST)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_data_set_that_vanishes_is_no_damaged_data_set(
+        self, exported, dozen, tmp_path, monkeypatch, workers
+    ):
+        data, options = tmp_path / "data", {"resolution": 64, **FAST, "workers": workers}
+        shutil.copytree(dozen, data)
+        encoder = FrozenAutoencoder.encode
+
+        def vanishing(self, images):
+            if len(images) == 2 and data.exists():
+                data.rename(tmp_path / "away")
+            return encoder(self, images)
+
+        monkeypatch.setattr(FrozenAutoencoder, "encode", vanishing)
+        monkeypatch.setattr("latent_ae.latents.chunks._PREFETCH", 1)
+        with pytest.raises(UserError, match="is not there any more; the same command goes on"):
+            encode(exported, data, tmp_path / "out", **options)
+        monkeypatch.undo()
+        (tmp_path / "away").rename(data)
+        assert encode(exported, data, tmp_path / "out", **options).count == 12
+
     def test_stopped_at_any_file_it_ends_the_same(self, exported, table, tmp_path, monkeypatch):
         source = EncodingSource(source="parquet", path=str(table), **COLUMNS)
         options = {"resolution": 64, **FAST, "shard_bytes": 1 << 14}
@@ -424,6 +531,9 @@ class TestRestart:
         assert len(spool.batches) == 2
         spool.append(EncodedBatch((8, 8), tensors, torch.ones(2, dtype=torch.bool)))
         assert [b.tensors["mean"][0].item() for b in Spool(file, identity).batches] == [0, 1, 2]
+        file.write_bytes(content + b"\xff" * 64)
+        assert len(Spool(file, identity).batches) == 3
+        assert file.read_bytes() == content
         assert Spool(file, {"batch_size": 4}).batches == []
 
     def test_whole_or_not_at_all(self, tmp_path):

@@ -84,7 +84,7 @@ def read_sample(
     """Decodes and transforms one row of a source; `position` names it if nothing else does."""
     key = source.key(row, position)
     try:
-        picture = decode_image(source.picture(row))
+        picture = decode_image(row[source.image_column])
         image = transform(picture)
     except UnreadableImage as error:
         return Skipped(key, str(error))

@@ -32,7 +32,6 @@ class Source:
         rows: a `datasets.Dataset`, or an `IterableDataset` when streaming; pictures undecoded.
         image_column: the column of the picture.
         label_names: the classes in order, empty when there are none.
-        other_columns: more of pictures, for rows where that one is empty (tars of jpg and png).
         root: the folder that keys are relative to, for sources of files.
         key_column: of the name, where the config says it; likewise the next two.
         label_column: of the class.
@@ -43,7 +42,6 @@ class Source:
     rows: Any
     image_column: str
     label_names: list[str]
-    other_columns: tuple[str, ...] = ()
     root: Path | None = None
     key_column: str | None = None
     label_column: str | None = None
@@ -56,16 +54,11 @@ class Source:
             return str(row[self.key_column])
         if "__key__" in row:
             return str(row["__key__"])
-        value = self.picture(row)
+        value = row[self.image_column]
         path = value.get("path") if isinstance(value, dict) else None
         if path and self.root and Path(path).is_relative_to(self.root):
             return Path(path).relative_to(self.root).as_posix()
         return f"{position:09d}"
-
-    def picture(self, row: dict[str, Any]) -> Any:
-        """The undecoded picture of a row; None where there is none."""
-        columns = (self.image_column, *self.other_columns)
-        return next((row[name] for name in columns if row[name] is not None), None)
 
     def label(self, row: dict[str, Any]) -> int | None:
         """A class index by any of the names that data sets give it; `cls` is webdataset's."""
@@ -238,15 +231,12 @@ def _prepare(rows: Any, config: SourceConfig) -> Source:
     named = _named_columns(config, features)
     if config.filter is not None:
         rows = _filtered(rows, RowFilter(config.filter), features)
-    others: tuple[str, ...] = ()
-    if config.source == "webdataset" and config.image_column is None:
-        others = tuple(name for name in pictures if name != column and name in _EXTENSIONS)
-    wanted = [column, *others, *_WORDS, *named.get("keep", ())]
+    wanted = [column, *_WORDS, *named.get("keep", ())]
     wanted += [named.get(f"{name}_column") for name in ("key", "label", "caption")]
     rows = rows.select_columns([name for name in features if name in wanted])
     names = _label_names(rows, named.get("label_column"), features)
     root = Path(config.path).resolve() if config.source == "imagefolder" else None
-    return Source(rows, column, names, others, root, **named)
+    return Source(rows, column, names, root, **named)
 
 
 def _named_columns(config: SourceConfig, features: Any) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from latent_ae.latents.plan import Plan, Unit, stream_files
 __all__ = ["Chunk", "Row", "load_chunks"]
 
 
+_PREFETCH = 4  # chunks that each worker has ready
+
+
 @dataclass
 class Row:
     """What the index says of one code, or of a picture that is not there."""
@@ -108,7 +111,7 @@ class _Cutter(Dataset[Chunk]):
             {name: content[name] for name in source.keep},
         )
         try:
-            picture = decode_image(source.picture(content))
+            picture = decode_image(content[source.image_column])
             row = replace(row, width=picture.width, height=picture.height)
             variants = self.variants(picture, seed)
         except UnreadableFile:
@@ -162,7 +165,7 @@ def load_chunks(
         batch_size=None,
         sampler=_Once(orders),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin,
         generator=torch.Generator(),  # the global one stays as it is
     )

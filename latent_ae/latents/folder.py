@@ -117,9 +117,10 @@ class UnfinishedFolder:
             versions={name: version(name) for name in ("latent_ae", "torch", "diffusers")},
         )
         if not manifest.count:
+            reason = _first_reason(self.path, units)
             raise UserError(
-                f"not one picture could be encoded: {_first_reason(self.path, units)}; when that is "
-                f"mended, remove {self.path} and run again"
+                f"not one picture could be encoded: {reason}; when that is mended, remove "
+                f"{self.path} and run again"
             )
         content = manifest.model_dump_json(indent=2) + "\n"
         write_whole(self.path / MANIFEST, content.encode())

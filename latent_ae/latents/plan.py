@@ -96,7 +96,9 @@ def data_record(config: EncodingSource, source: Source) -> DataRecord:
     digest = hashlib.sha256()
     spread = ((place, source.rows[place]) for place in _spread(rows or 0))
     for place, row in spread if known else enumerate(itertools.islice(source.rows, 1)):
-        digest.update(source.key(row, place).encode() + b"\0" + _first_bytes(source.picture(row)))
+        digest.update(
+            source.key(row, place).encode() + b"\0" + _first_bytes(row[source.image_column])
+        )
     columns = (config.key_column, config.label_column, config.caption_column)
     return DataRecord(
         **config.model_dump(include={"source", "path", "split", "filter", "limit"}),
