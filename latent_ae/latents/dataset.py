@@ -60,8 +60,7 @@ class LatentDataset(Dataset):
         self.sample, self.scale, self.variants, self.seed = sample, scale, variants, seed
         self.columns = tuple(columns)
         self.index = LatentIndex(self.folder, self.manifest, self.columns)
-        names = (name for name in self.columns if len(self.index))
-        self._columns = {name: self.index.table[name].chunk(0) for name in names}
+        self._columns = self._arrays()
         self._shift, self._factor = self.manifest.autoencoder.shift_and_factor(torch.empty(0))
         # In shared memory, so that workers which outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -134,6 +133,11 @@ class LatentDataset(Dataset):
 
         return datasets.Dataset(table).with_transform(read)
 
+    def _arrays(self) -> dict[str, Any]:
+        """The columns as whole Arrow arrays, whose values are quicker to get than a table's."""
+        names = self.columns if len(self.index) else ()
+        return {name: self.index.table[name].chunk(0) for name in names}
+
     def _code(self, position: int, generator: torch.Generator | None) -> int:
         if self.variants == "all":
             return position
@@ -167,4 +171,9 @@ class LatentDataset(Dataset):
         return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # a loader's worker maps the files itself
+        # A loader's worker maps the files itself; the columns are the table's, and travel with it.
+        return {k: v for k, v in self.__dict__.items() if k != "_columns"} | {"_shards": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._columns = self._arrays()
