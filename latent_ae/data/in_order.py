@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,10 +73,7 @@ def evaluation_batches(
         UserError: the source cannot be opened or, with one process, none of its pictures read.
     """
     source = config if isinstance(config, Source) else open_source(config)
-    if limit is not None:
-        rows: Any = source.rows
-        count = min(limit, len(rows)) if hasattr(rows, "__len__") else limit
-        source = replace(source, rows=rows.take(count))
+    source = source.first(limit)
     crop = CenterCrop(crop) if isinstance(crop, int) else crop
     options: dict[str, Any] = {
         "collate_fn": collate,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,13 @@ class Source:
         if path and self.root and Path(path).is_relative_to(self.root):
             return Path(path).relative_to(self.root).as_posix()
         return f"{position:09d}"
+
+    def first(self, count: int | None) -> Source:
+        """The same with only its first rows; all of them, for None."""
+        if count is None:
+            return self
+        known = hasattr(self.rows, "__len__")
+        return replace(self, rows=self.rows.take(min(count, len(self.rows)) if known else count))
 
     def label(self, row: dict[str, Any]) -> int | None:
         """A class index by any of the names that data sets give it; `cls` is webdataset's."""

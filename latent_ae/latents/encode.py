@@ -29,7 +29,6 @@ from latent_ae.latents.plan import (
     Unit,
     data_record,
     describe_difference,
-    limited,
     storage_for,
 )
 from latent_ae.latents.progress import EncodeProgress
@@ -84,7 +83,7 @@ class Job:
             preprocessing = preprocessing.for_factor(frozen.downsampling)
         except ValueError as error:
             raise UserError(str(error)) from error
-        source = limited(open_source(config), config.limit)
+        source = open_source(config).first(config.limit)
         stored = storage_for(frozen, store, dtype)
         sides = [tuple(s // frozen.downsampling for s in size) for size in preprocessing.sizes()]
         shapes = [(frozen.channels, *side) for side in sides]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 from pydantic import ValidationError
@@ -23,7 +25,7 @@ from latent_ae.latents.keys import make_keys_unique
 from latent_ae.latents.plan import Plan, Unit, describe_difference
 from latent_ae.latents.statistics import summary
 
-__all__ = ["Done", "UnfinishedFolder"]
+__all__ = ["Done", "UnfinishedFolder", "added_up"]
 
 PLAN = "unfinished.json"
 # Anything else is somebody's, such as webdataset's shard-0.tar.
@@ -97,23 +99,15 @@ class UnfinishedFolder:
         """Makes the keys unique, adds up the shards, writes the manifest, cleans up."""
         plan, units = self.plan, self.units()
         renamed = make_keys_unique(self.path, units)
-        shards = []
-        for unit in units:
-            record = record_of(self.path / unit.index)
-            record.index_sha256 = sha256_of(self.path / unit.index)
-            shards.append(record)
-        highest = max((shard.highest_label for shard in shards), default=-1)
+        sums = added_up(self.path, units)
+        highest = max((shard.highest_label for shard in sums["shards"]), default=-1)
         names = plan.data.label_names
         manifest = LatentsManifest(
             **{name: getattr(plan, name) for name in Plan.model_fields},
-            count=sum(shard.rows for shard in shards),
-            pictures=sum(shard.pictures for shard in shards),
-            skipped=sum(shard.skipped for shard in shards),
+            **sums,
             renamed=renamed,
             label_names=names,
             num_classes=max(len(names), highest + 1),
-            shards=shards,
-            statistics=summary([shard.moments for shard in shards if shard.moments]),
             versions={name: version(name) for name in ("latent_ae", "torch", "diffusers")},
         )
         if not manifest.count:
@@ -171,6 +165,22 @@ class UnfinishedFolder:
                 file.unlink(missing_ok=True)
         if self.lock is not None:
             self.lock.release(remove=True)
+
+
+def added_up(folder: Path, units: Sequence[Unit]) -> dict[str, Any]:
+    """What the indices say of their shards, and its sums, by their names in the manifest."""
+    shards = []
+    for unit in units:
+        record = record_of(folder / unit.index)
+        record.index_sha256 = sha256_of(folder / unit.index)
+        shards.append(record)
+    return {
+        "shards": shards,
+        "count": sum(shard.rows for shard in shards),
+        "pictures": sum(shard.pictures for shard in shards),
+        "skipped": sum(shard.skipped for shard in shards),
+        "statistics": summary([shard.moments for shard in shards if shard.moments]),
+    }
 
 
 def _first_reason(folder: Path, units: list[Unit]) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ __all__ = [
     "LatentsManifest",
     "ShardRecord",
     "index_bytes",
+    "picture_starts",
     "read_manifest",
     "record_of",
     "tensor_name",
@@ -137,6 +139,11 @@ class LatentsManifest(BaseModel):
 def tensor_name(name: str, size: tuple[int, int], buckets: bool) -> str:
     """The name of a tensor in a shard: `mean`, or with buckets `mean.24x40` (height × width)."""
     return f"{name}.{size[0]}x{size[1]}" if buckets else name
+
+
+def picture_starts(table: pa.Table) -> np.ndarray:
+    """Where each picture's rows begin: they are neighbours and share their position."""
+    return np.flatnonzero(np.diff(table["position"].to_numpy(), prepend=-1))
 
 
 def index_bytes(table: pa.Table, record: ShardRecord) -> bytes:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pandas.util import hash_array  # pyright: ignore[reportAttributeAccessIssue]
 
 from latent_ae.latents.files import write_whole
-from latent_ae.latents.format import index_bytes, record_of
+from latent_ae.latents.format import index_bytes, picture_starts, record_of
 from latent_ae.latents.plan import Unit
 
 __all__ = ["key_hashes", "make_keys_unique"]
@@ -50,7 +50,7 @@ def _keys(file: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
     """Key and position of each picture, whose variants are neighbours and share both."""
     table = pq.read_table(file, columns=["key", "position"])
     positions = table["position"].to_numpy()
-    first = np.flatnonzero(np.diff(positions, prepend=-1))
+    first = picture_starts(table)
     return table["key"].take(pa.array(first)), positions[first]
 
 

@@ -18,7 +18,13 @@ import pyarrow as pa
 from latent_ae.errors import UserError
 from latent_ae.latents.files import sha256_of, write_whole
 from latent_ae.latents.foreign import whole
-from latent_ae.latents.format import DataRecord, LatentsManifest, ShardRecord, read_manifest
+from latent_ae.latents.format import (
+    DataRecord,
+    LatentsManifest,
+    ShardRecord,
+    picture_starts,
+    read_manifest,
+)
 from latent_ae.latents.keys import key_hashes, make_keys_unique
 from latent_ae.latents.part import Part
 from latent_ae.latents.plan import Unit
@@ -26,7 +32,6 @@ from latent_ae.latents.rewrite import (
     check_hash,
     finish_folder,
     kept_columns,
-    picture_starts,
     read_columns,
     renumbered,
     whole_index,

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from latent_ae.errors import UserError
 from latent_ae.latents.files import write_whole
-from latent_ae.latents.format import LatentsManifest, tensor_name
+from latent_ae.latents.format import LatentsManifest, picture_starts, tensor_name
 from latent_ae.latents.keys import make_keys_unique
 from latent_ae.latents.plan import Unit
 from latent_ae.latents.rewrite import (
     TENSORS,
     finish_folder,
-    picture_starts,
     renumbered,
     write_index,
 )

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -23,7 +23,6 @@ __all__ = [
     "Unit",
     "data_record",
     "describe_difference",
-    "limited",
     "storage_for",
     "stream_files",
 ]
@@ -108,15 +107,6 @@ def data_record(config: EncodingSource, source: Source) -> DataRecord:
         label_names=source.label_names,
         columns=[source.image_column, *(name or "" for name in columns), *config.keep],
     )
-
-
-def limited(source: Source, limit: int | None) -> Source:
-    """The first rows of a source."""
-    if limit is None:
-        return source
-    rows = source.rows
-    count = min(limit, len(rows)) if hasattr(rows, "__len__") else limit
-    return replace(source, rows=rows.take(count))
 
 
 def stream_files(source: Source, files: int) -> Iterator[tuple[int, Any]]:

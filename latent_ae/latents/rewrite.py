@@ -12,23 +12,23 @@ import pyarrow.parquet as pq
 
 from latent_ae.errors import UserError
 from latent_ae.latents.files import sha256_of, write_whole
+from latent_ae.latents.folder import added_up
 from latent_ae.latents.format import (
     INDEX_COLUMNS,
     MANIFEST,
     LatentsManifest,
     ShardRecord,
     index_bytes,
-    record_of,
+    picture_starts,
 )
 from latent_ae.latents.plan import Unit
-from latent_ae.latents.statistics import Moments, summary
+from latent_ae.latents.statistics import Moments
 
 __all__ = [
     "TENSORS",
     "check_hash",
     "finish_folder",
     "kept_columns",
-    "picture_starts",
     "read_columns",
     "renumbered",
     "whole_index",
@@ -99,11 +99,6 @@ def kept_columns(folder: Path, manifest: LatentsManifest) -> dict[str, str]:
     return {field.name: str(field.type) for field in schema if field.name not in INDEX_COLUMNS}
 
 
-def picture_starts(table: pa.Table) -> np.ndarray:
-    """Where each picture's rows begin: they are neighbours and share their position."""
-    return np.flatnonzero(np.diff(table["position"].to_numpy(), prepend=-1))
-
-
 def renumbered(table: pa.Table, first: int) -> pa.Table:
     """The same with its pictures' positions counted from `first`: no two can share one then."""
     begins = np.zeros(len(table), np.int64)
@@ -151,20 +146,8 @@ def finish_folder(
         like: a manifest whose other values hold here too.
         changes: the values that do not.
     """
-    shards = []
-    for unit in units:
-        record = record_of(folder / unit.index)
-        record.index_sha256 = sha256_of(folder / unit.index)
-        shards.append(record)
     same = {name: value for name, value in like if name != "version"}
-    sums = {
-        "count": sum(shard.rows for shard in shards),
-        "pictures": sum(shard.pictures for shard in shards),
-        "skipped": sum(shard.skipped for shard in shards),
-        "shards": shards,
-        "statistics": summary([shard.moments for shard in shards if shard.moments]),
-    }
-    manifest = LatentsManifest(**(same | sums | changes))
+    manifest = LatentsManifest(**(same | added_up(folder, units) | changes))
     write_whole(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
 

@@ -18,9 +18,15 @@ from latent_ae.latents.faults import (
     tensor_faults,
 )
 from latent_ae.latents.files import sha256_of
-from latent_ae.latents.format import MANIFEST, LatentsManifest, ShardRecord, read_manifest
+from latent_ae.latents.format import (
+    MANIFEST,
+    LatentsManifest,
+    ShardRecord,
+    picture_starts,
+    read_manifest,
+)
 from latent_ae.latents.keys import key_hashes
-from latent_ae.latents.rewrite import picture_starts, read_columns
+from latent_ae.latents.rewrite import read_columns
 from latent_ae.latents.shards import MappedShard
 from latent_ae.latents.statistics import summary
 
