@@ -16,13 +16,14 @@ from latent_ae.errors import UserError
 from latent_ae.latents.encoder import DTYPES
 from latent_ae.latents.format import (
     INDEX_COLUMNS,
+    TENSORS,
     LatentsManifest,
     ShardRecord,
     record_of,
     tensor_name,
 )
 from latent_ae.latents.keys import key_hashes
-from latent_ae.latents.rewrite import TENSORS, read_columns
+from latent_ae.latents.rewrite import read_columns
 from latent_ae.latents.shards import MappedShard
 from latent_ae.latents.statistics import Moments
 

@@ -22,6 +22,7 @@ __all__ = [
     "FORMAT",
     "INDEX_COLUMNS",
     "MANIFEST",
+    "TENSORS",
     "AutoencoderRecord",
     "DataRecord",
     "LatentsManifest",
@@ -54,6 +55,10 @@ INDEX_COLUMNS: dict[str, pa.DataType] = {
     "row": pa.int32(),  # in the shard's tensor of this size
     "skipped": pa.string(),
 }
+
+
+# What a shard's tensors are called, by what is stored.
+TENSORS = {"moments": ("mean", "logvar"), "mode": ("mean",), "indices": ("indices",)}
 
 
 class AutoencoderRecord(LatentScaling):

@@ -35,10 +35,10 @@ from latent_ae.latents.rewrite import (
     read_columns,
     renumbered,
     whole_index,
-    write_index,
 )
 from latent_ae.latents.shards import MappedShard
 from latent_ae.latents.statistics import Moments
+from latent_ae.latents.writer import write_index
 
 __all__ = ["merge", "split"]
 

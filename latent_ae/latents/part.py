@@ -13,17 +13,16 @@ from torch import Tensor
 
 from latent_ae.errors import UserError
 from latent_ae.latents.files import write_whole
-from latent_ae.latents.format import LatentsManifest, picture_starts, tensor_name
+from latent_ae.latents.format import TENSORS, LatentsManifest, picture_starts, tensor_name
 from latent_ae.latents.keys import make_keys_unique
 from latent_ae.latents.plan import Unit
 from latent_ae.latents.rewrite import (
-    TENSORS,
     finish_folder,
     renumbered,
-    write_index,
 )
 from latent_ae.latents.shards import MappedShard
 from latent_ae.latents.statistics import Moments
+from latent_ae.latents.writer import write_index
 
 __all__ = ["Part"]
 

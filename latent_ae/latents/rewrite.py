@@ -18,25 +18,18 @@ from latent_ae.latents.format import (
     MANIFEST,
     LatentsManifest,
     ShardRecord,
-    index_bytes,
     picture_starts,
 )
 from latent_ae.latents.plan import Unit
-from latent_ae.latents.statistics import Moments
 
 __all__ = [
-    "TENSORS",
     "check_hash",
     "finish_folder",
     "kept_columns",
     "read_columns",
     "renumbered",
     "whole_index",
-    "write_index",
 ]
-
-# What a shard's tensors are called, by what is stored.
-TENSORS = {"moments": ("mean", "logvar"), "mode": ("mean",), "indices": ("indices",)}
 
 
 def whole_index(folder: Path, manifest: LatentsManifest, record: ShardRecord) -> pa.Table:
@@ -105,34 +98,6 @@ def renumbered(table: pa.Table, first: int) -> pa.Table:
     begins[picture_starts(table)] = 1
     place = table.schema.get_field_index("position")
     return table.set_column(place, "position", pa.array(first - 1 + np.cumsum(begins)))
-
-
-def write_index(
-    folder: Path, unit: Unit, table: pa.Table, sha256: str, moments: Moments | None
-) -> None:
-    """Writes the index of a shard that is there; its record is in it, as `encode` puts it there.
-
-    Args:
-        folder: the folder to be finished.
-        unit: the shard.
-        table: a row for each code and each picture without one.
-        sha256: of the shard.
-        moments: of its codes.
-    """
-    encoded = table.filter(table["row"].is_valid())
-    labels = encoded["label"].drop_null().to_numpy()
-    pictures = len(picture_starts(encoded))
-    record = ShardRecord(
-        file=unit.shard,
-        index=unit.index,
-        rows=len(encoded),
-        sha256=sha256,
-        pictures=pictures,
-        skipped=len(picture_starts(table)) - pictures,
-        highest_label=int(labels.max()) if len(labels) else -1,
-        moments=moments,
-    )
-    write_whole(folder / unit.index, index_bytes(table, record))
 
 
 def finish_folder(

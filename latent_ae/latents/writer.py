@@ -18,12 +18,19 @@ from latent_ae.errors import UserError
 from latent_ae.latents.chunks import Row
 from latent_ae.latents.encoder import DTYPES, EncodedBatch
 from latent_ae.latents.files import disk_full_is_told, write_whole
-from latent_ae.latents.format import INDEX_COLUMNS, ShardRecord, index_bytes, tensor_name
+from latent_ae.latents.format import (
+    INDEX_COLUMNS,
+    TENSORS,
+    ShardRecord,
+    index_bytes,
+    picture_starts,
+    tensor_name,
+)
 from latent_ae.latents.plan import Plan, Unit
 from latent_ae.latents.spool import Spool
 from latent_ae.latents.statistics import Moments
 
-__all__ = ["OpenShard", "ShardWriter", "index_table", "write_shard"]
+__all__ = ["OpenShard", "ShardWriter", "index_table", "write_index", "write_shard"]
 
 
 _SURELY_BROKEN = 32  # codes, when none of them is finite
@@ -143,10 +150,8 @@ class ShardWriter(threading.Thread):
                 self._error = error
 
 
-def write_shard(
-    folder: Path, plan: Plan, shard: OpenShard, kept: dict[str, pa.DataType]
-) -> ShardRecord:
-    """Writes a unit's tensors, then its index, and returns what the manifest will say of it."""
+def write_shard(folder: Path, plan: Plan, shard: OpenShard, kept: dict[str, pa.DataType]) -> None:
+    """Writes a unit's tensors, then its index."""
     found = shard.tensors(plan)
     buckets, unit = plan.preprocessing.buckets, shard.unit
     factor = plan.autoencoder.downsampling
@@ -161,22 +166,44 @@ def write_shard(
     content = save(by_name)  # its `save_file` would leave a stray file in the folder when killed
     write_whole(file, content)
     means, logvars = (list(found.get(name, {}).values()) for name in ("mean", "logvar"))
-    encoded = [row for row in shard.rows if row.skipped is None]
-    pictures = len({row.position for row in encoded})
+    sha256 = hashlib.sha256(content).hexdigest()
+    table = index_table(shard.rows, factor, kept)
+    write_index(folder, unit, table, sha256, Moments.of(means, logvars), shard.last)
+
+
+def write_index(
+    folder: Path,
+    unit: Unit,
+    table: pa.Table,
+    sha256: str,
+    moments: Moments | None,
+    last: bool = False,
+) -> None:
+    """Writes the index of a shard that is there, with its record in it.
+
+    Args:
+        folder: the folder to be finished.
+        unit: the shard.
+        table: a row for each code and each picture without one.
+        sha256: of the shard.
+        moments: of its codes.
+        last: whether it ends a file of a stream.
+    """
+    encoded = table.filter(table["row"].is_valid())
+    labels = encoded["label"].drop_null().to_numpy()
+    pictures = len(picture_starts(encoded))
     record = ShardRecord(
         file=unit.shard,
         index=unit.index,
         rows=len(encoded),
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=sha256,
         pictures=pictures,
-        skipped=len({row.position for row in shard.rows}) - pictures,
-        highest_label=max((row.label for row in encoded if row.label is not None), default=-1),
-        last=shard.last,
-        moments=Moments.of(means, logvars),
+        skipped=len(picture_starts(table)) - pictures,
+        highest_label=int(labels.max()) if len(labels) else -1,
+        last=last,
+        moments=moments,
     )
-    table = index_table(shard.rows, factor, kept)
     write_whole(folder / unit.index, index_bytes(table, record))
-    return record
 
 
 def index_table(rows: list[Row], factor: int, kept: dict[str, pa.DataType]) -> pa.Table:
@@ -205,7 +232,6 @@ def _free_name(name: str) -> str:
 
 def _empty(plan: Plan) -> dict[str, Tensor]:
     """The tensors of a shard none of whose pictures could be read."""
-    names = {"moments": ("mean", "logvar"), "mode": ("mean",), "indices": ("indices",)}
     shape = plan.latent_shapes[0][1 if plan.storage.kind == "indices" else 0 :]
     dtype = DTYPES[plan.storage.dtype]
-    return {name: torch.empty((0, *shape), dtype=dtype) for name in names[plan.storage.kind]}
+    return {name: torch.empty((0, *shape), dtype=dtype) for name in TENSORS[plan.storage.kind]}
