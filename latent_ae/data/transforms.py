@@ -23,6 +23,7 @@ __all__ = [
     "RESIZES",
     "CenterCrop",
     "TrainingCrop",
+    "halve_while_twice",
     "normalize",
     "resize_shorter_side",
     "to_tensor",
@@ -47,10 +48,15 @@ def _bicubic(picture: Image.Image, side: int) -> Image.Image:
 
 def _adm(picture: Image.Image, side: int) -> Image.Image:
     """Halves by averages while twice too large, then bicubic (guided-diffusion's data sets)."""
-    while min(picture.size) >= 2 * side:
+    return _bicubic(halve_while_twice(picture, (side, side)), side)
+
+
+def halve_while_twice(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Halves by averages as long as both edges are at least twice those of `size`."""
+    while picture.width >= 2 * size[0] and picture.height >= 2 * size[1]:
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
-    return _bicubic(picture, side)
+    return picture
 
 
 def _enlarge_only(picture: Image.Image, side: int) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 
 from latent_ae.config import Preprocessing
 from latent_ae.data.decoding import UnreadableImage
-from latent_ae.data.transforms import to_tensor
+from latent_ae.data.transforms import halve_while_twice, to_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +27,12 @@ class Variant(NamedTuple):
     flipped: bool
 
 
-@dataclass(frozen=True)
 class Variants:
     """Cuts a picture as `Preprocessing` says, with sizes that `for_factor` has fixed."""
 
-    config: Preprocessing
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_sizes", self.config.sizes())
+    def __init__(self, config: Preprocessing) -> None:
+        self.config = config
+        self._sizes = config.sizes()
 
     def __call__(self, picture: Image.Image, position: int) -> list[Variant]:
         """The variants in their order: each crop, then its mirror image.
@@ -63,27 +60,21 @@ class Variants:
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
         """The (height, width) of the bucket whose aspect is nearest, by ratio."""
-        sizes: list[tuple[int, int]] = self._sizes  # pyright: ignore[reportAttributeAccessIssue]
         aspect = math.log(width / height)
-        return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
+        return min(self._sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
 
     def _cover(self, picture: Image.Image, width: int, height: int) -> Image.Image:
         """Resized, aspect kept, so that the crop fits in."""
         config = self.config
         room = (config.resize or config.resolution) / config.resolution
-        edges = picture.size
-        scale = max(width * room / edges[0], height * room / edges[1])
-        wide, high = (max(s, round(e * scale)) for s, e in zip((width, height), edges, strict=True))
+
+        def covering(edges: tuple[int, int]) -> tuple[int, int]:
+            scale = max(width * room / edges[0], height * room / edges[1])
+            return max(width, round(edges[0] * scale)), max(height, round(edges[1] * scale))
+
         if config.resample == "adm":
-            while picture.width >= 2 * wide and picture.height >= 2 * high:
-                half = (picture.width // 2, picture.height // 2)
-                picture = picture.resize(half, Image.Resampling.BOX)
-            # guided-diffusion computes the scale anew from the halved sides.
-            scale = max(width * room / picture.width, height * room / picture.height)
-            wide, high = (
-                max(width, round(picture.width * scale)),
-                max(height, round(picture.height * scale)),
-            )
+            picture = halve_while_twice(picture, covering(picture.size))
+        wide, high = covering(picture.size)
         if (wide, high) == picture.size:
             return picture
         lanczos = config.resample == "lanczos"
