@@ -1,0 +1,7 @@
+"""From a training run to a folder that any diffusers pipeline loads."""
+
+from latent_ae.export.run import export_run
+from latent_ae.export.statistics import measure_latents
+from latent_ae.export.stock import IGNORED_BY
+
+__all__ = ["IGNORED_BY", "export_run", "measure_latents"]

@@ -1,0 +1,143 @@
+"""From a training run to a folder that any diffusers pipeline loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latent_ae.autoencoder import default_device, reconstruct, weights_sha256
+from latent_ae.config import Config
+from latent_ae.config_file import plain
+from latent_ae.errors import UserError
+from latent_ae.export.card import model_card, protocol_of
+from latent_ae.export.statistics import (
+    STATISTICS,
+    measure_latents,
+    measuring_data,
+    scaling_of,
+    silence_posterior,
+)
+from latent_ae.precision import measure_precision
+from latent_ae.run_folder import RunFolder
+from latent_ae.scaling import LatentStatistics
+
+__all__ = ["export_run"]
+
+PRECISION_IMAGES = 4  # crops that are run in fp16 and bf16 too
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str = "last",
+    statistics: str = "scale",
+    images: int = 256,
+    data: str | Path | None = None,
+    license_name: str = "unknown",
+) -> Path:
+    """Writes a run's weights, averaged where there is an EMA, as a diffusers folder.
+
+    The scale is measured on training crops, and on a few of them whether fp16 is safe
+    (`force_upcast`, with the evidence in `latent_ae.json`). The folder is written aside, loaded
+    again by stock diffusers and compared, then renamed into place. A run with an adversary leaves
+    its `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
+    does not look at it.
+
+    Args:
+        run: a training run's folder.
+        out: the folder to make; must not exist yet.
+        checkpoint: `last`, `best` (of those kept, by `training.best_by`) or a step's number.
+        statistics: `scale` writes `scaling_factor` alone, which every stock pipeline uses; `shift`
+            adds `shift_factor`; `channels` adds `latents_mean` and `latents_std`.
+        images: training crops to measure on.
+        data: pictures to measure on, if not those of the run's config.
+        license_name: for the model card.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `run` has no such checkpoint, `out` exists, or the data cannot be read.
+    """
+    if statistics not in STATISTICS:
+        raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
+    folder, out = RunFolder(run), Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; remove it or choose another folder")
+    network, progress = folder.trained_network(checkpoint)
+    config = folder.config()
+    network = network.to(default_device()).eval()  # pyright: ignore
+    if config.bottleneck.weight == 0:
+        silence_posterior(network)
+    measured, sample = measure_latents(network, measuring_data(config, data), images)
+    network.register_to_config(**scaling_of(measured, statistics).model_dump())
+    evidence = measure_precision(network, sample[:PRECISION_IMAGES])
+    network.register_to_config(force_upcast=evidence.force_upcast)
+    if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
+        network.register_to_config(sample_size=max(256, config.data.resolution))
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        network.save_pretrained(aside)
+        _forget_origin(aside / "config.json")
+        _require_same(network, aside, sample)
+        record = _record(config, folder, progress, measured, aside)
+        record["precision"] = evidence.to_json()
+        judge = folder.checkpoint(progress["step"]) / "discriminator.safetensors"
+        if judge.is_file():
+            shutil.copyfile(judge, aside / judge.name)
+        (aside / "latent_ae.json").write_text(json.dumps(record, indent=2) + "\n")
+        (aside / "README.md").write_text(model_card(network, record, license_name))
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out
+
+
+def _forget_origin(file: Path) -> None:
+    """Takes out the path of the checkpoint, which means nothing on another machine."""
+    content = json.loads(file.read_text())
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def _require_same(network: AutoencoderKL, folder: Path, images: Tensor) -> None:
+    """Compares with what stock diffusers makes of the folder; a difference is a bug, not input."""
+    loaded: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    loaded = loaded.to(network.device).eval()
+    results = [reconstruct(model, images) for model in (network, loaded)]
+    difference = (results[0] - results[1]).abs().max().item()
+    if difference > 1e-4:  # fp32 rounding under another memory layout stays below
+        raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")
+
+
+def _record(
+    config: Config,
+    folder: RunFolder,
+    progress: dict[str, Any],
+    measured: LatentStatistics,
+    out: Path,
+) -> dict[str, Any]:
+    packages = ("latent_ae", "torch", "diffusers", "accelerate", "lpips")
+    return {
+        "format": 1,
+        "config": plain(config),
+        "trained": {"steps": progress["step"], "images": progress["images"]},
+        "latents": measured.summary(),
+        "metrics": folder.last_validation(progress["step"]) if config.validation else None,
+        "metric_protocol": protocol_of(config),
+        "weights_sha256": weights_sha256(out),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in packages}},
+    }

@@ -1,0 +1,72 @@
+"""What a network's latents look like on training crops, and the scale that follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from latent_ae.autoencoder import encode_moments
+from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
+from latent_ae.config import Config, DataConfig
+from latent_ae.data import TrainingStream, normalize, source_of
+from latent_ae.scaling import LatentScaling, LatentStatistics
+
+__all__ = ["STATISTICS", "measure_latents", "measuring_data", "scaling_of", "silence_posterior"]
+
+STATISTICS = ("scale", "shift", "channels")
+
+
+@torch.no_grad()
+def measure_latents(
+    network: AutoencoderKL, data: DataConfig, images: int
+) -> tuple[LatentStatistics, Tensor]:
+    """Encodes training crops and gathers the moments of their latents.
+
+    Returns:
+        The statistics, and one batch of the crops, of shape (B, 3, H, W), in [-1, 1].
+    """
+    batch = min(data.batch_size, images)
+    stream = TrainingStream(data.model_copy(update={"workers": 0, "batch_size": batch}))
+    measured, sample = LatentStatistics(), torch.empty(0)
+    while measured.images < images:
+        sample = normalize(next(stream).images.to(network.device))
+        measured.update(*split_moments(encode_moments(network, sample)))
+    return measured, sample
+
+
+@torch.no_grad()
+def silence_posterior(network: AutoencoderKL) -> None:
+    """Makes the posterior of a plain autoencoder as narrow as there is: its code is the mean.
+
+    Training left the log-variance's channels as they began; whoever samples would add noise that
+    the decoder has never seen.
+    """
+    last, channels = network.quant_conv, network.config["latent_channels"]
+    if last is None:
+        last = network.encoder.conv_out
+    last.weight[channels:] = 0
+    last.bias[channels:] = LOGVAR_RANGE[0]  # pyright: ignore[reportOptionalSubscript]
+
+
+def measuring_data(config: Config, data: str | Path | None) -> DataConfig:
+    """The run's own training crops, or crops like them of the pictures at `data`."""
+    if data is None:
+        return config.data
+    source = source_of(data).model_dump()
+    return config.data.model_copy(update=source)
+
+
+def scaling_of(measured: LatentStatistics, statistics: str) -> LatentScaling:
+    """The numbers of a config that bring such latents to unit variance, by one of `STATISTICS`."""
+    factor = 1 / measured.std
+    if statistics == "scale":
+        return LatentScaling(scaling_factor=factor)
+    if statistics == "shift":
+        return LatentScaling(scaling_factor=factor, shift_factor=measured.mean)
+    # Pipelines with channel statistics compute (z − mean) · factor / std: with std · factor in
+    # the file they get unit variance, and those that know the factor alone still do nearly.
+    std = [value * factor for value in measured.channel_std]
+    return LatentScaling(scaling_factor=factor, latents_mean=measured.channel_mean, latents_std=std)
