@@ -27,6 +27,7 @@ __all__ = [
     "encode_moments",
     "full_precision",
     "load_network",
+    "only_variant",
     "reconstruct",
     "require_divisible",
     "weights_sha256",
@@ -76,6 +77,7 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoen
         network = AutoencoderKL.from_pretrained(
             folder,
             torch_dtype=dtype,
+            variant=only_variant(folder),
             local_files_only=True,
             low_cpu_mem_usage=False,
             use_safetensors=True,  # never a pickle
@@ -83,6 +85,18 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoen
     except Exception as error:  # diffusers', safetensors' and torch's
         raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
     return network  # pyright: ignore[reportReturnType]
+
+
+def only_variant(folder: str | Path) -> str | None:
+    """The variant, such as `fp16`, to load from a folder that holds no other weights, else None."""
+    folder, name = Path(folder), WEIGHTS_FILE.removesuffix(".safetensors")
+    if (folder / WEIGHTS_FILE).is_file() or (folder / f"{WEIGHTS_FILE}.index.json").is_file():
+        return None
+    for variant in ("fp16", "bf16"):
+        whole, split = f"{name}.{variant}.safetensors", f"{WEIGHTS_FILE}.index.{variant}.json"
+        if (folder / whole).is_file() or (folder / split).is_file():
+            return variant
+    return None
 
 
 def downsampling(network: AutoencoderKL) -> int:
@@ -120,6 +134,9 @@ def weights_sha256(path: str | Path) -> str:
         UserError: the folder has no safetensors weights.
     """
     plain, index = Path(path) / WEIGHTS_FILE, Path(path) / f"{WEIGHTS_FILE}.index.json"
+    if variant := only_variant(path):
+        plain = plain.with_suffix(f".{variant}.safetensors")
+        index = index.with_suffix(f".{variant}.json")
     if plain.is_file():
         files = [plain]
     elif index.is_file():  # diffusers has split a large network

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_ae.autoencoder import default_device, weights_sha256
+from latent_ae.autoencoder import default_device, only_variant, weights_sha256
 from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
 from latent_ae.scaling import LatentScaling
@@ -214,6 +214,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         network = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
+            variant=only_variant(folder),
             local_files_only=True,
             low_cpu_mem_usage=False,
             use_safetensors=True,  # never a pickle

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from torch import Tensor
 
 from latent_ae.bottlenecks import gaussian_kl
@@ -27,11 +27,24 @@ class LatentScaling(BaseModel):
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
 
+    @field_validator("shift_factor")
+    @classmethod
+    def _none_is_one_way_to_say_it(cls, value: float | None) -> float | None:
+        return value or None
+
     @classmethod
     def of(cls, network: AutoencoderKL) -> LatentScaling:
         """Reads them from a network's config."""
         known = {name: network.config.get(name) for name in cls.model_fields}
         return cls(**{name: value for name, value in known.items() if value is not None})  # pyright: ignore
+
+    def to_config(self) -> dict[str, float | list[float] | None]:
+        """The keys of a diffusers config.
+
+        No shift is 0 there: `StableDiffusion3Pipeline` and `FluxPipeline` add it unseen, and fail
+        with None.
+        """
+        return {**self.model_dump(), "shift_factor": self.shift_factor or 0.0}
 
     def to_final(self, raw: Tensor) -> Tensor:
         """Raw to final latents, of shape (c, h, w) or (B, c, h, w)."""

@@ -1,20 +1,22 @@
+import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from conftest import photograph_tensor
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from latent_ae import UserError, export_run, train
+from latent_ae import UserError, export_run, load_network, train
+from latent_ae.autoencoder import build_network, only_variant, weights_sha256
 from latent_ae.bottlenecks import split_moments
 from latent_ae.config import NetworkConfig
 from latent_ae.data import TrainingStream, normalize
-from latent_ae.export import IGNORED_BY
+from latent_ae.export import caveats
+from latent_ae.export.folding import fold_statistics
+from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.run_folder import RunFolder
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
@@ -161,12 +163,90 @@ def test_nothing_is_overwritten_and_failures_leave_nothing(run_folder, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
-@pytest.mark.parametrize("key", IGNORED_BY)
-def test_the_named_pipelines_do_ignore_it(key):
-    """Read as text: to import them would need transformers."""
-    files = (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")
-    sources = [file.read_text() for file in files]
-    for name in IGNORED_BY[key]:
-        (source,) = [text for text in sources if f"class {name}(" in text]
-        assert "scaling_factor" in source
-        assert key not in source, f"{name} has learned {key}"
+def test_folded_statistics_are_in_the_weights(run_folder, exported, tmp_path):
+    """Unit variance channel by channel, the same pictures, and nothing left in the config."""
+    folded = AutoencoderKL.from_pretrained(
+        export_run(run_folder, tmp_path / "out", statistics="folded", images=8)
+    )
+    assert folded.config["scaling_factor"] == 1
+    assert folded.config["latents_mean"] is None
+    plain, images = AutoencoderKL.from_pretrained(exported), photograph_tensor("coffee")
+    stream = TrainingStream(RunFolder(run_folder).config().data)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images).sample, plain(images).sample, atol=1e-5, rtol=0)
+        torch.manual_seed(0)
+        crops = [normalize(next(stream).images) for _ in range(4)]
+        samples = torch.cat([folded.encode(c).latent_dist.sample() for c in crops])
+        kl = (folded.encode(images).latent_dist.var, plain.encode(images).latent_dist.var)
+    assert samples.mean((0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=0.1)
+    assert samples.std((0, 2, 3)).tolist() == pytest.approx([1] * 4, rel=0.05)
+    ratio = kl[0] / kl[1]  # one number a channel
+    torch.testing.assert_close(ratio, ratio.mean((0, 2, 3), keepdim=True).expand_as(ratio))
+
+
+def test_statistics_fold_into_a_network_without_quant_convs(tiny):
+    """float64, so that what is compared is the algebra and not its rounding."""
+    torch.manual_seed(0)
+    network = build_network(tiny(network={"use_quant_conv": False}).network).double()
+    folded, (mean, std) = copy.deepcopy(network), ([0.3, -2.0, 1.0, 0.1], [0.2, 3.0, 1.0, 0.7])
+    fold_statistics(folded, mean, std)
+    images = photograph_tensor("chelsea").double()
+    with torch.no_grad():
+        before, after = (n.encode(images).latent_dist for n in (network, folded))
+        offset, factor = (torch.tensor(v).double().view(1, -1, 1, 1) for v in (mean, std))
+        torch.testing.assert_close(after.mean, (before.mean - offset) / factor)
+        torch.testing.assert_close(after.std, before.std / factor)
+        restored = folded.decode(after.mean).sample
+        torch.testing.assert_close(restored, network.decode(before.mean).sample)
+    assert folded.config["use_quant_conv"]
+    assert folded.config["use_post_quant_conv"]
+
+
+def test_variants_and_shards_load_in_stock_diffusers(run_folder, exported, tmp_path):
+    out = export_run(
+        run_folder, tmp_path / "out", images=4, variants=["fp16", "bf16"], max_shard_size="60KB"
+    )
+    assert len(list(out.glob("diffusion_pytorch_model-0*.safetensors"))) > 1
+    plain = AutoencoderKL.from_pretrained(exported).state_dict()
+    for variant, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        network = AutoencoderKL.from_pretrained(out, variant=variant, torch_dtype=dtype)
+        found = network.state_dict()
+        assert all(torch.equal(found[name], plain[name].to(dtype)) for name in plain)
+    assert all(torch.equal(load_network(out).state_dict()[name], plain[name]) for name in plain)
+    digest = weights_sha256(out)
+    for file in (*out.glob("*model-0*"), out / "diffusion_pytorch_model.safetensors.index.json"):
+        file.unlink()
+    assert only_variant(out) == "fp16"  # what is left, as a download of one variant would be
+    rounded = FrozenAutoencoder(out).network.state_dict()
+    assert all(torch.equal(rounded[name], plain[name].half().float()) for name in plain)
+    assert weights_sha256(out) != digest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": ["fp8"]}, "variant 'fp8' is unknown; valid: fp16, bf16"),
+        ({"max_shard_size": "2 apples"}, "a shard's size is a number with KB, MB or GB"),
+        ({"max_shard_size": "0GB"}, "a shard's size is a number"),
+        ({"max_shard_size": ""}, "a shard's size is a number"),
+    ],
+)
+def test_bad_variants_are_told_before_anything_is_read(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        export_run(tmp_path / "no run", tmp_path / "out", **options)
+
+
+def test_caveats_name_the_pipelines_and_the_way_out(exported):
+    config = json.loads((exported / "config.json").read_text())
+    assert caveats(config) == []
+    assert config["shift_factor"] == 0  # None would stop StableDiffusion3Pipeline and FluxPipeline
+    (shift,) = caveats(config | {"shift_factor": 0.1})
+    assert "DiTPipeline ignore it" in shift
+    assert "StableDiffusion3InpaintPipeline uses it in encoding" in shift
+    assert "`folded`" in shift
+    (channels,) = caveats(config | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
+    assert "FluxPipeline" in channels
+    many = config | {"latent_channels": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    assert "fail with 16" in caveats(many)[1]
+    (upcast,) = caveats(config | {"force_upcast": True})
+    assert "StableDiffusionPipeline" in upcast

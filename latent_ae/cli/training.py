@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,14 +65,24 @@ def export(
         str, typer.Option(help="`last`, `best` by its validation, or a step's number.")
     ] = "last",
     statistics: Annotated[
-        Literal["scale", "shift", "channels"],
+        Literal["scale", "shift", "channels", "folded"],
         typer.Option(
             help="Which statistics of the latents to write: `scale` (scaling_factor, which every "
-            "pipeline uses), `shift` (and shift_factor), `channels` (and latents_mean and _std)."
+            "pipeline uses), `shift` (and shift_factor), `channels` (and latents_mean and _std); "
+            "`folded` puts the channels' statistics into the weights: right in every pipeline."
         ),
     ] = "scale",
     images: Annotated[int, typer.Option(help="Training crops to measure them on.", min=1)] = 256,
     data: Annotated[Path | None, typer.Option(help="Measure on these pictures instead.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`fp16` or `bf16` weights beside fp32, for from_pretrained(variant=…); repeatable."
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Split larger weights into files of this size, such as 2GB.")
+    ] = "10GB",
     license: Annotated[str, typer.Option(help="For the model card.")] = "unknown",
 ) -> None:
     """Write a run's weights as a folder that stock diffusers loads.
@@ -79,7 +90,7 @@ def export(
     The averaged (EMA) weights, with the scale measured on the data's own latents; loaded again and
     compared before the folder appears.
     """
-    from latent_ae.export import IGNORED_BY, export_run
+    from latent_ae.export import caveats, export_run
 
     export_run(
         run,
@@ -88,15 +99,13 @@ def export(
         statistics=statistics,
         images=images,
         data=data,
+        variants=variant or (),
+        max_shard_size=max_shard_size,
         license_name=license,
     )
     console = stderr()
-    key = {"shift": "shift_factor", "channels": "latents_mean"}.get(statistics)
-    if key:
-        console.print(
-            f"note: these pipelines ignore {key} and scale by scaling_factor alone: "
-            f"{', '.join(IGNORED_BY[key])}"
-        )
+    for caveat in caveats(json.loads((out / "config.json").read_text())):
+        console.print(f"note: {caveat}", markup=False, highlight=False)
     console.print(f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})", markup=False)
 
 
@@ -113,13 +122,11 @@ def config(
     Nothing is trained or downloaded. The first line of each file in configs/ points editors to the
     schema.
     """
-    from json import dumps
-
     from latent_ae.config import Config
     from latent_ae.config_file import dump_yaml, load_config
 
     if schema:
-        print(dumps(Config.model_json_schema(), indent=2))
+        print(json.dumps(Config.model_json_schema(), indent=2))
         return
     if config is None:
         raise UserError("give a YAML file, or --schema")

@@ -2,6 +2,6 @@
 
 from latent_ae.export.run import export_run
 from latent_ae.export.statistics import measure_latents
-from latent_ae.export.stock import IGNORED_BY
+from latent_ae.export.stock import IGNORED_BY, caveats
 
-__all__ = ["IGNORED_BY", "export_run", "measure_latents"]
+__all__ = ["IGNORED_BY", "caveats", "export_run", "measure_latents"]

@@ -16,7 +16,7 @@ from latent_ae.scaling import LatentScaling, LatentStatistics
 
 __all__ = ["STATISTICS", "measure_latents", "measuring_data", "scaling_of", "silence_posterior"]
 
-STATISTICS = ("scale", "shift", "channels")
+STATISTICS = ("scale", "shift", "channels", "folded")
 
 
 @torch.no_grad()
@@ -61,12 +61,14 @@ def measuring_data(config: Config, data: str | Path | None) -> DataConfig:
 
 def scaling_of(measured: LatentStatistics, statistics: str) -> LatentScaling:
     """The numbers of a config that bring such latents to unit variance, by one of `STATISTICS`."""
+    if statistics == "folded":  # the weights hold them
+        return LatentScaling()
     factor = 1 / measured.std
-    if statistics == "scale":
-        return LatentScaling(scaling_factor=factor)
     if statistics == "shift":
         return LatentScaling(scaling_factor=factor, shift_factor=measured.mean)
-    # Pipelines with channel statistics compute (z − mean) · factor / std: with std · factor in
-    # the file they get unit variance, and those that know the factor alone still do nearly.
-    std = [value * factor for value in measured.channel_std]
-    return LatentScaling(scaling_factor=factor, latents_mean=measured.channel_mean, latents_std=std)
+    if statistics == "channels":
+        # Pipelines with channel statistics compute (z − mean) · factor / std: with std · factor in
+        # the file they get unit variance, and those that know the factor alone still do nearly.
+        mean, std = measured.channel_mean, [value * factor for value in measured.channel_std]
+        return LatentScaling(scaling_factor=factor, latents_mean=mean, latents_std=std)
+    return LatentScaling(scaling_factor=factor)

@@ -1,0 +1,97 @@
+"""The weights of an exported folder: as trained, and rounded to 16 bits beside them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub.serialization._base import parse_size_to_int
+from torch import Tensor, nn
+
+from latent_ae.autoencoder import reconstruct
+from latent_ae.errors import UserError
+
+__all__ = ["VARIANTS", "parse_options", "save_weights"]
+
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_options(variants: Sequence[str], max_shard_size: str) -> None:
+    """Raises `UserError` unless `save_weights` can take these."""
+    if unknown := set(variants) - set(VARIANTS):
+        raise UserError(
+            f"variant {min(unknown)!r} is unknown; valid: {', '.join(VARIANTS)} (fp32 is always "
+            "there)"
+        )
+    try:
+        fits = parse_size_to_int(max_shard_size) > 0
+    except (ValueError, IndexError):
+        fits = False
+    if not fits:
+        raise UserError(f"a shard's size is a number with KB, MB or GB, not {max_shard_size!r}")
+
+
+def save_weights(
+    network: AutoencoderKL,
+    folder: Path,
+    images: Tensor,
+    variants: Sequence[str] = (),
+    max_shard_size: str = "10GB",
+) -> None:
+    """Writes config.json and the weights in fp32, then again for each variant, and reads them back.
+
+    Args:
+        network: in fp32.
+        folder: where to.
+        images: what stock diffusers, having loaded the folder, must reconstruct as the network
+            does; of shape (B, 3, H, W), in [-1, 1].
+        variants: some of `VARIANTS`, each for `from_pretrained(folder, variant=...)`.
+        max_shard_size: larger weights are split into several files.
+
+    Raises:
+        UserError: a weight is beyond fp16's largest number.
+    """
+    network.save_pretrained(folder, max_shard_size=max_shard_size)
+    _require_same(network, _load(folder, network), images)
+    for variant in dict.fromkeys(variants):
+        # Not `network.to`: diffusers' own warns there of layers to keep, of which there are none.
+        rounded = copy.deepcopy(network)
+        nn.Module.to(rounded, VARIANTS[variant])
+        if not all(torch.isfinite(parameter).all() for parameter in rounded.parameters()):
+            raise UserError(f"a weight is too large for {variant}: leave that variant out")
+        rounded.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        _require_same_weights(rounded, _load(folder, rounded, variant))
+    _forget_origin(folder / "config.json")
+
+
+def _load(folder: Path, like: AutoencoderKL, variant: str | None = None) -> AutoencoderKL:
+    loaded: Any = AutoencoderKL.from_pretrained(
+        folder, variant=variant, torch_dtype=like.dtype, local_files_only=True
+    )
+    return loaded.to(like.device).eval()
+
+
+@torch.no_grad()
+def _require_same(network: AutoencoderKL, loaded: AutoencoderKL, images: Tensor) -> None:
+    """A difference is a bug, not input."""
+    difference = (reconstruct(network, images) - reconstruct(loaded, images)).abs().max().item()
+    if difference > 1e-4:  # fp32 rounding under another memory layout stays below
+        raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")
+
+
+def _require_same_weights(network: AutoencoderKL, loaded: AutoencoderKL) -> None:
+    wanted, found = network.state_dict(), loaded.state_dict()
+    if not all(torch.equal(wanted[name], found[name]) for name in wanted):
+        raise RuntimeError(f"the weights in {network.dtype} read back differently")
+
+
+def _forget_origin(file: Path) -> None:
+    """Takes out the path of the checkpoint, which means nothing on another machine."""
+    content = json.loads(file.read_text())
+    content.pop("_name_or_path", None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
