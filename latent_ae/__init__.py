@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from latent_ae.errors import UserError
     from latent_ae.evaluation import Evaluation, compare, evaluate
     from latent_ae.export import export_run
+    from latent_ae.hub import push_to_hub
     from latent_ae.latents import LatentDataset, LatentStream, decode, encode
     from latent_ae.outputs import Code, Reconstruction
     from latent_ae.training import train
@@ -34,6 +35,7 @@ __all__ = [
     "export_run",
     "load_config",
     "load_network",
+    "push_to_hub",
     "train",
 ]
 
@@ -53,6 +55,7 @@ _HOME = {
     "export_run": "export",
     "load_config": "config_file",
     "load_network": "autoencoder",
+    "push_to_hub": "hub",
     "train": "training",
 }
 

@@ -34,9 +34,10 @@ FLOORS = {
     "evaluation": 6,
     "export": 6,
     "latents": 6,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 8,
+    "hub": 7,
+    "cli": 8,
+    "__init__": 9,
+    "__main__": 9,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

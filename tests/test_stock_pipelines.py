@@ -122,6 +122,7 @@ def test_with_its_own_denoiser_the_picture_is_that_of_its_latents(folders, kind)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # Kolors'
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_auto_pipelines_find_their_classes_with_it(folders, kind, tmp_path):

@@ -1,15 +1,19 @@
-"""The model card of an exported folder."""
+"""The model card of an autoencoder: what was measured and recorded, and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import AutoencoderKL
+from huggingface_hub import EvalResult, ModelCardData
 
-from latent_ae.autoencoder import downsampling
 from latent_ae.config import Config
+from latent_ae.export.stock import caveats
 
 __all__ = ["model_card", "protocol_of"]
+
+_UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (AlexNet)"}
+_HERE = "path/to/this/folder"
 
 
 def protocol_of(config: Config) -> str | None:
@@ -24,49 +28,166 @@ def protocol_of(config: Config) -> str | None:
     )
 
 
-def model_card(network: AutoencoderKL, record: dict[str, Any], license_name: str) -> str:
-    """The README.md of an exported folder, from what `latent_ae.json` records."""
-    config, latents, factor = record["config"], record["latents"], downsampling(network)
-    data = config["data"]
-    channels = network.config["latent_channels"]
-    metrics = dict(record["metrics"] or {})
-    taken = metrics.pop("step", None)
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    protocol = f"Protocol: {record['metric_protocol']}; taken at step {taken}."
-    table = f"\n| metric | value |\n|-|-|\n{rows}\n\n{protocol}\n"
-    return f"""---
-library_name: diffusers
-license: {license_name}
-tags: [autoencoder, vae, latent-diffusion, latent_ae]
----
+def model_card(
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    license_name: str,
+    *,
+    name: str = _HERE,
+    variants: Sequence[str] = (),
+    evaluation: Mapping[str, Any] | None = None,
+    pictures: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The README.md of an autoencoder's folder.
 
-# An autoencoder for latent diffusion
+    Args:
+        config: diffusers' config.json.
+        record: what `latent_ae.json` records; empty for an autoencoder that was not trained here.
+        license_name: an identifier of the hub's, such as `apache-2.0`.
+        name: what `from_pretrained` shall be given.
+        variants: of the weights.
+        evaluation: the content of an evaluation.json of the same weights.
+        pictures: paths of inputs and reconstructions, relative to the card.
+    """
+    parts = [
+        _front(license_name, name, evaluation),
+        _title(config, record),
+        _how_to_load(config, name, variants),
+        _facts(config, record),
+        _metrics(record, evaluation),
+        _shown(pictures),
+        f"## Licence\n\n{license_name}.",
+    ]
+    if record:
+        parts.append("The resolved config and all statistics are in `latent_ae.json`.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -> str:
+    tags = ["autoencoder", "vae", "latent-diffusion", "latent_ae"]
+    results = None
+    if evaluation:
+        data = evaluation["data"]
+        results = [
+            EvalResult(
+                task_type="image-to-image",
+                task_name="reconstruction",
+                dataset_type=_last(data["path"]),
+                dataset_name=f"{data['images']} pictures of {_last(data['path'])}",
+                metric_type=metric,
+                metric_name=_UNITS.get(metric, metric),
+                metric_value=round(value, 4),
+            )
+            for metric, value in evaluation["metrics"].items()
+        ]
+    data = ModelCardData(
+        library_name="diffusers",
+        license=license_name,
+        tags=tags,
+        model_name=_last(name) if results else None,
+        eval_results=results,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _title(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    channels, factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+    trained = " Trained with latent_ae." if record else ""
+    return f"""# An autoencoder for latent diffusion
 
 A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of 3 × H × W
-becomes latents of {channels} × H/{factor} × W/{factor}. Trained with latent_ae.
+becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
 
-```python
+
+def _how_to_load(config: Mapping[str, Any], name: str, variants: Sequence[str]) -> str:
+    text = f"""```python
 from diffusers import AutoencoderKL
-vae = AutoencoderKL.from_pretrained("path/to/this/folder")
+vae = AutoencoderKL.from_pretrained("{name}")
 ```
 
-| | |
-|-|-|
-| data | {data["path"]} ({data["source"]}), {data["resolution"]}² crops |
-| training | {record["trained"]["steps"]} steps, {record["trained"]["images"]} images |
-| objective | {_objective_in_words(config)} |
-| scaling_factor | {network.config["scaling_factor"]:.5f}, measured on {latents["images"]} crops |
-| KL | {latents["kl_nats_per_image"]:.0f} nats an image |
-| force_upcast | {str(network.config["force_upcast"]).lower()}: {record["precision"]["reason"]} |
-
-## Metrics on held-out pictures
-{table if metrics else "None were taken while it trained."}
-## Licence
-{license_name}. The resolved config and all statistics are in `latent_ae.json`.
-"""
+As the autoencoder of a pipeline: `DiffusionPipeline.from_pretrained(PIPELINE, vae=vae)`, where the
+pipeline's denoiser was trained on this autoencoder's latents."""
+    if variants:
+        told = " or ".join(f'`variant="{variant}"`' for variant in variants)
+        text += f"\nWeights of 16 bits: {told}, with the `torch_dtype` of that name."
+    if notes := caveats(config):
+        text += "\n\n" + "\n".join(f"- {note}." for note in notes)
+    return text
 
 
-def _objective_in_words(config: dict[str, Any]) -> str:
+def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    scale = f"{config['scaling_factor']:.5f}"
+    rows = {"scaling_factor": scale, "force_upcast": str(config["force_upcast"]).lower()}
+    if record:
+        trained, latents = record["config"], record["latents"]
+        data = trained["data"]
+        rows = {
+            "data": f"{data['path']} ({data['source']}), {data['resolution']}² crops",
+            "training": f"{record['trained']['steps']} steps, {record['trained']['images']} images",
+            "objective": _objective_in_words(trained),
+            "scaling_factor": f"{scale}, measured on {latents['images']} crops",
+            "KL": f"{latents['kl_nats_per_image']:.0f} nats an image",
+            "force_upcast": f"{rows['force_upcast']}: {record['precision']['reason']}",
+        }
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if value := config.get(key):
+            numbers = value if isinstance(value, list) else [value]
+            rows[key] = ", ".join(f"{number:.4f}" for number in numbers)
+    return "\n".join(["| | |", "|-|-|", *(f"| {key} | {told} |" for key, told in rows.items())])
+
+
+def _metrics(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    head = "## Metrics on held-out pictures\n\n"
+    if evaluation:
+        return head + _evaluated(evaluation)
+    metrics = dict(record.get("metrics") or {})
+    if not metrics:
+        return head + "None were taken." if record else ""
+    taken = metrics.pop("step", None)
+    rows = "\n".join(f"| {_UNITS.get(key, key)} | {value:.4f} |" for key, value in metrics.items())
+    protocol = f"Protocol: {record['metric_protocol']}; taken at step {taken}."
+    return f"{head}| metric | value |\n|-|-|\n{rows}\n\n{protocol}"
+
+
+def _evaluated(evaluation: Mapping[str, Any]) -> str:
+    metrics, intervals = evaluation["metrics"], evaluation["intervals"]
+    references = evaluation.get("references") or []
+    titles = [f"{row['name']}, {row['detail']}" for row in references]
+    lines = [f"| {' | '.join(['metric', 'this', '95 %', *titles])} |"]
+    lines.append("|" + "-|" * (3 + len(titles)))
+    for key, value in metrics.items():
+        low, high = intervals.get(key, (None, None))
+        between = "" if low is None else f"{low:.3f} – {high:.3f}"
+        others = [row["metrics"].get(key) for row in references]
+        cells = [_UNITS.get(key, key), f"{value:.3f}", between, *map(_number, others)]
+        lines.append(f"| {' | '.join(cells)} |")
+    protocol, data = evaluation["protocol"], evaluation["data"]
+    if frechet := evaluation.get("frechet"):
+        title = f"Fréchet distance ({frechet['network']})"
+        others = [_number(row["frechet"]) for row in references]
+        lines.append(f"| {' | '.join([title, _number(frechet['distance']), '', *others])} |")
+    settings = ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name")
+    versions = ", ".join(f"{key} {value}" for key, value in evaluation["versions"].items())
+    return (
+        "\n".join(lines)
+        + f"\n\n{data['images']} pictures of {_last(data['path'])} (sha256 of their pixels "
+        + f"{data['pixels_sha256'][:12]}), protocol {protocol['name']} ({settings}); "
+        + f"{evaluation['date']}, {versions}."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _shown(pictures: Sequence[tuple[str, str]]) -> str:
+    if not pictures:
+        return ""
+    rows = [f"| ![input]({before}) | ![reconstruction]({after}) |" for before, after in pictures]
+    return "\n".join(["## Pictures", "", "| input | reconstruction |", "|-|-|", *rows])
+
+
+def _objective_in_words(config: Mapping[str, Any]) -> str:
     losses, text = config["losses"], config["losses"]["pixel"].upper()
     if "perceptual" in losses:
         text += f" + {losses['perceptual']['weight']:g} LPIPS-{losses['perceptual']['net']}"
@@ -75,3 +196,8 @@ def _objective_in_words(config: dict[str, Any]) -> str:
         text += f" + {adversary['weight']:g} PatchGAN ({adversary['loss']}"
         text += f", from step {adversary['start']})"
     return text
+
+
+def _last(path: str) -> str:
+    """A name that tells nothing of the machine it comes from."""
+    return path.rstrip("/").rsplit("/", 1)[-1]

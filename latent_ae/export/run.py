@@ -98,12 +98,14 @@ def export_run(
     try:
         save_weights(network, aside, sample, variants, max_shard_size)
         record = _record(config, folder, progress, measured, aside)
-        record["precision"] = evidence.to_json()
+        record |= {"precision": evidence.to_json(), "license": license_name}
         judge = folder.checkpoint(progress["step"]) / "discriminator.safetensors"
         if judge.is_file():
             shutil.copyfile(judge, aside / judge.name)
         (aside / "latent_ae.json").write_text(json.dumps(record, indent=2) + "\n")
-        (aside / "README.md").write_text(model_card(network, record, license_name))
+        settings = json.loads((aside / "config.json").read_text())
+        card = model_card(settings, record, license_name, variants=variants)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             out.rmdir()
         aside.rename(out)
