@@ -87,9 +87,7 @@ class Level(nn.Module):
 class Side(nn.Module):
     """Encoder and decoder: the same parts in opposite orders."""
 
-    def __init__(
-        self, decoder, inside, outside, ch, ch_mult, num_res_blocks, attention, mid, groups
-    ):
+    def __init__(self, decoder, inside, outside, ch, ch_mult, blocks, attention, mid, groups):
         super().__init__()
         widths = [ch * factor for factor in ch_mult]
         last = len(widths) - 1

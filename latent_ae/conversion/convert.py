@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save
 from torch import Tensor
 
 from latent_ae.autoencoder import WEIGHTS_FILE
@@ -32,7 +31,7 @@ from latent_ae.conversion.ldm_config import dump_ldm_config, ldm_obstacles
 from latent_ae.conversion.names import ldm_name, ldm_shape, modern_name
 from latent_ae.conversion.scale import Hints, resolve_config
 from latent_ae.conversion.tools import tool_notes
-from latent_ae.conversion.weights import PICKLED, WeightFile, folder_weights, same_bits
+from latent_ae.conversion.weights import PICKLED, WeightFile, folder_weights, same_bits, serialized
 from latent_ae.errors import UserError
 
 __all__ = ["DTYPES", "Conversion", "convert"]
@@ -141,7 +140,7 @@ def _to_file(source: Path, target: Path, prefix: str, dtype: str | None) -> Conv
     with _aside(target) as aside:
         aside.mkdir(parents=True)
         weights = aside / target.name
-        weights.write_bytes(save(tensors, {"format": "pt", RECORD: json.dumps(record)}))
+        weights.write_bytes(serialized(tensors, {"format": "pt", RECORD: json.dumps(record)}))
         _require_same_bits(stored, _as_diffusers(WeightFile(weights), names, wanted))
         if not obstacles:
             text = dump_ldm_config(config, target.name)
@@ -176,7 +175,7 @@ def _to_folder(
     tensors = _cast(_as_diffusers(file, in_file, wanted), dtype, source)
     with _aside(target) as aside:
         aside.mkdir(parents=True)
-        (aside / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
+        (aside / WEIGHTS_FILE).write_bytes(serialized(tensors, {"format": "pt"}))
         (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _require_stock_loads(aside, tensors)
         if target.exists():

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from latent_ae.autoencoder import WEIGHTS_FILE
 from latent_ae.errors import UserError
 
-__all__ = ["PICKLED", "WeightFile", "folder_weights", "same_bits"]
+__all__ = ["PICKLED", "WeightFile", "folder_weights", "same_bits", "serialized"]
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -130,3 +131,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     views = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
     return torch.equal(*views)
+
+
+def serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file of these tensors, the same bytes each time.
+
+    safetensors writes its metadata in a random order; here the header is put in order again.
+    """
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + content[start:]
