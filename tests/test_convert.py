@@ -125,7 +125,8 @@ def assert_same_outputs(stock, ldm, size=64):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_layouts_compute_the_same(made, name):
     _, stock, file, _ = made[name]
-    assert_same_outputs(stock, reference(CONFIGS[name], file))
+    # Attention over one position would be none.
+    assert_same_outputs(stock, reference(CONFIGS[name], file), 64 if "with" in name else 32)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -143,7 +144,7 @@ def test_there_and_back_is_bit_equal(made, name, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("sdxl-fp16-fix", "sd3")])
 def test_a_foreign_file_s_architecture_comes_from_its_shapes(made, name, tmp_path):
     folder, stock, file, _ = made[name]
     foreign = tmp_path / "foreign.safetensors"
@@ -298,8 +299,12 @@ def test_dtypes_stay_or_change_when_asked(made, tmp_path):
     assert not (tmp_path / "over.safetensors").exists()
 
 
-def test_an_old_folder_s_names_of_attention(made, tmp_path):
+def test_an_old_folder(made, tmp_path):
+    """Its names of attention, its pickled weights, and a config that knows but a few keys."""
     folder, _, file, _ = made["sd1"]
+    keys = ("_class_name", "block_out_channels", "down_block_types", "up_block_types")
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: config[key] for key in (*keys, "layers_per_block")}
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
     for name, tensor in load_file(folder / WEIGHTS_FILE).items():
@@ -310,9 +315,19 @@ def test_an_old_folder_s_names_of_attention(made, tmp_path):
         tensors[former] = tensor
     (tmp_path / "old").mkdir()
     torch.save(tensors, tmp_path / "old/diffusion_pytorch_model.bin")  # of that age too
-    (tmp_path / "old/config.json").write_text((folder / "config.json").read_text())
+    said = json.dumps(config | {"_name_or_path": "/home/somebody"})
+    (tmp_path / "old/config.json").write_text(said)
     convert(tmp_path / "old", tmp_path / "old.safetensors")
-    assert (tmp_path / "old.safetensors").read_bytes() == file.read_bytes()
+    before, after = load_file(file), load_file(tmp_path / "old.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert b"somebody" not in (tmp_path / "old.safetensors").read_bytes()
+    back = convert(tmp_path / "old.safetensors", tmp_path / "back").config
+    del back["_diffusers_version"]
+    assert back == config
+    save_file(before, tmp_path / "foreign.safetensors")
+    told = convert(tmp_path / "foreign.safetensors", tmp_path / "b", config=tmp_path / "old").config
+    assert told["scaling_factor"] == 0.18215  # what such a config means to diffusers
 
 
 def test_what_loads_it_is_told():
@@ -322,6 +337,8 @@ def test_what_loads_it_is_told():
     comfy, webui = tool_notes(flux)
     assert comfy == "ComfyUI loads it"
     assert "latent_channels 16 (it takes 4)" in webui
+    f32 = complete_config(network((128, 256, 512, 512), latent_channels=64), "it")
+    assert "HunyuanImage" in tool_notes(f32)[0]
     odd = tool_notes(complete_config(network((128, 256, 512, 512), norm_num_groups=16), "it"))
     assert "norm_num_groups 16 (it takes 32)" in odd[0]
     assert "decode it wrongly" in odd[-1]
@@ -346,7 +363,7 @@ def test_the_command_line(capsys, monkeypatch, made, tmp_path):
     assert "is ready" in err
     code, _, err = run(capsys, monkeypatch, "a.safetensors", "b", "--shift-factor", 0.5)
     assert code == 0
-    assert "note: said by you: shift_factor 0.5" in err
+    assert "note: as you say: shift_factor 0.5" in err
     config = json.loads(Path("b/config.json").read_text())
     assert config == json.loads((folder / "config.json").read_text()) | {"shift_factor": 0.5}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b"]
@@ -371,7 +388,7 @@ BAD = [
     (["file.safetensors", "out", "--prefix", "vae."], "it has no encoder.conv_out.weight"),
     (["folder", "out.safetensors", "--family", "sd1"], "are for single files"),
     (["pipeline", "out.safetensors"], "it has no config.json; try pipeline/vae"),
-    (["tiny", "out.safetensors"], "holds a AutoencoderTiny, for which LDM has no layout"),
+    (["tiny", "out.safetensors"], "is of class AutoencoderTiny, for which LDM has no layout"),
     (["gelu", "out.safetensors"], "all readers of LDM's layout compute SiLU"),
     (["missing", "out.safetensors"], "it comes without encoder.conv_in.bias"),
     (["pickle.ckpt", "out"], "holds more than tensors"),
@@ -488,7 +505,7 @@ def test_the_true_sd1(tmp_path):
 
 def test_names_of_any_depth_are_one_to_one():
     for levels in (1, 2, 11):
-        config = network([32] * levels, 3, (0, levels - 1))
+        config = network([32] * levels, 1, (0, levels - 1))
         shapes = diffusers_shapes(config, "it")
         names = {ldm_name(name, levels) for name in shapes}
         assert len(names) == len(shapes)

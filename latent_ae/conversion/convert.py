@@ -195,7 +195,10 @@ def _folder_config(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is no config of diffusers") from error
     if name != "AutoencoderKL":
-        raise UserError(f"{folder} holds a {name}, for which LDM has no layout; AutoencoderKL has")
+        raise UserError(
+            f"{folder} is of class {name}, for which LDM has no layout; AutoencoderKL has one"
+        )
+    config.pop("_name_or_path", None)  # means nothing on another machine
     return config
 
 

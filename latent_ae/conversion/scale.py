@@ -93,7 +93,9 @@ def resolve_config(
     if recorded is not None:  # of the family's, the scale alone is news
         said.pop("sample_size", None)
     if said:
-        notes.append("said by you: " + ", ".join(f"{key} {value}" for key, value in said.items()))
+        notes.append("as you say: " + ", ".join(f"{key} {value}" for key, value in said.items()))
+    if recorded is not None:  # as it was, keys that it leaves to diffusers' defaults too
+        return base | said, notes
     if "scaling_factor" not in base | said:
         raise UserError(f"{where} does not say its scaling_factor, and {_advice(shapes)}")
     if "norm_num_groups" not in base:
@@ -114,7 +116,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no JSON file: {error}") from error
     if not isinstance(content, dict) or content.get("_class_name") != "AutoencoderKL":
         raise UserError(f"{path} is no config of diffusers' AutoencoderKL")
-    return content
+    # A diffusers config without it, as SD 1.x has, means diffusers' default.
+    return {"scaling_factor": FAMILIES["sd1"]["scaling_factor"]} | content
 
 
 def _require_agreement(

@@ -23,6 +23,7 @@ TOOLS: dict[str, dict[str, list[Any]]] = {
         **_COMMON,
         "block_out_channels": [[128, 256, 512, 512], [128, 256, 512]],
         "one quant convolution without the other": [False],
+        "64 latent channels, those of HunyuanImage,": [False],
     },
     "AUTOMATIC1111's WebUI": {
         **_COMMON,
@@ -45,6 +46,7 @@ def tool_notes(config: dict[str, Any]) -> list[str]:
     facts["one quant convolution without the other"] = (
         config["use_quant_conv"] != config["use_post_quant_conv"]
     )
+    facts["64 latent channels, those of HunyuanImage,"] = config["latent_channels"] == 64
     notes = []
     for tool, wants in TOOLS.items():
         against = [

@@ -96,7 +96,8 @@ def _first_line(error: Exception) -> str:
     # torch's first sentence speaks of an unsafe option; the reason follows.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (reasons or lines or [type(error).__name__])[0].removeprefix("WeightsUnpickler error: ")
+    line = (reasons or lines or [type(error).__name__])[0]
+    return line.removeprefix("WeightsUnpickler error: ").split(". ")[0]
 
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:
