@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from latent_ae.autoencoder import Autoencoder, load_network
     from latent_ae.config import Config
     from latent_ae.config_file import load_config
+    from latent_ae.conversion import convert
     from latent_ae.errors import UserError
     from latent_ae.evaluation import Evaluation, compare, evaluate
     from latent_ae.export import export_run
@@ -29,6 +30,7 @@ __all__ = [
     "Reconstruction",
     "UserError",
     "compare",
+    "convert",
     "decode",
     "encode",
     "evaluate",
@@ -49,6 +51,7 @@ _HOME = {
     "Reconstruction": "outputs",
     "UserError": "errors",
     "compare": "evaluation",
+    "convert": "conversion",
     "decode": "latents",
     "encode": "latents",
     "evaluate": "evaluation",

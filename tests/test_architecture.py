@@ -33,6 +33,7 @@ FLOORS = {
     "training": 6,
     "evaluation": 6,
     "export": 6,
+    "conversion": 6,
     "latents": 6,
     "hub": 7,
     "cli": 8,
