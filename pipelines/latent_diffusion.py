@@ -247,10 +247,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names = callback_on_step_end_tensor_inputs
         self.check_inputs(num_inference_steps, guidance_scale, class_labels, output_type, names)
-        self._check_image_inputs(image, mask_image, strength, height=height, width=width)
-        if strength is None:
-            strength = 0.8 if image is not None and mask_image is None else 1.0
-        from_noise = image is None or (mask_image is not None and strength == 1)
+        strength = self._check_image_inputs(image, mask_image, strength, height=height, width=width)
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         device, indices = self._execution_device, self.get_label_ids(class_labels)
@@ -264,10 +261,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         timesteps = self.get_timesteps(num_inference_steps, strength, shape, device)
         original, repainted = self.prepare_image_latents(picture, mask, shape, device, generator)
         noise = self.prepare_noise(shape, device, generator, latents)
-        sample = self.prepare_latents(noise, None if from_noise else original, timesteps[:1])
-        accepted = inspect.signature(self.scheduler.step).parameters
-        options = {"eta": eta, "generator": generator}
-        options = {name: value for name, value in options.items() if name in accepted}
+        start = None if mask is not None and strength == 1 else original
+        sample = self.prepare_latents(noise, start, timesteps[:1])
+        options = self._step_options(eta=eta, generator=generator)
 
         steps: Any = self.progress_bar(timesteps)  # pyright: ignore[reportCallIssue, reportArgumentType]
         for i, t in enumerate(steps):
@@ -280,9 +276,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 sample = torch.where(repainted, sample, kept)
             if callback_on_step_end is not None:
                 tensors = {"latents": sample, "labels": labels}
-                tensors = {name: tensors[name] for name in names}
-                changed = callback_on_step_end(self, i, t, tensors) or {}
-                sample, labels = changed.get("latents", sample), changed.get("labels", labels)
+                shown = {name: tensors[name] for name in names}
+                tensors |= callback_on_step_end(self, i, t, shown) or {}
+                sample, labels = tensors["latents"], tensors["labels"]
 
         images: Any = self._finish(_middle(sample, shape), picture, mask, output_type)
         self.maybe_free_model_hooks()
@@ -306,7 +302,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _check_image_inputs(
         self, image: object, mask_image: object, strength: float | None, **size: int | None
-    ) -> None:
+    ) -> float:
+        """Refuses what does not go together; returns the strength, a default one if it is None."""
         _check(image is not None or mask_image is None, "mask_image needs the image it belongs to")
         _check(image is not None or strength is None, "strength needs an image to start from")
         _check(0 <= (strength or 0) <= 1, f"strength must be in [0, 1], not {strength}")
@@ -314,6 +311,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         for name, side in size.items():
             fits = side is None or (side > 0 and side % f == 0)
             _check(fits, f"{name} must be a multiple of {f}, the autoencoder's factor, not {side}")
+        default = 0.8 if image is not None and mask_image is None else 1.0
+        return default if strength is None else strength
 
     def get_label_ids(self, class_labels: Labels) -> list[int]:
         """Class indices of names or indices, which must exist; the null class for None."""
@@ -384,7 +383,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             # Else the first step searches it, with a GPU sync.
             self.scheduler.set_begin_index(begin)
-        every: Tensor = self.scheduler.timesteps
+        every: Any = self.scheduler.timesteps
         timesteps = every[begin:]
         self._num_timesteps = len(timesteps)
         return timesteps
@@ -485,6 +484,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if latents is not None:
             _middle(noise, shape).copy_(latents)
         return noise
+
+    def _step_options(self, **options: Any) -> dict[str, Any]:
+        """Those of the options that the scheduler's step knows."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in options.items() if name in accepted}
 
     def prepare_latents(self, noise: Tensor, original: Tensor | None, timestep: Tensor) -> Tensor:
         """What to start from: noise at the scheduler's scale, or `original` with noise added."""
