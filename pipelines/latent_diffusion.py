@@ -56,6 +56,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
     DDPMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -65,6 +68,7 @@ from diffusers import (
     PNDMScheduler,
     SchedulerMixin,
     UNet2DModel,
+    VQModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -123,7 +127,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: ModelMixin,
+        # `from_pipe` hands on what is of exactly a type named here.
+        vae: AutoencoderKL | AutoencoderDC | AutoencoderTiny | VQModel | ModelMixin,
         denoiser: UNet2DModel | DiTTransformer2DModel,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,
@@ -131,11 +136,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae, denoiser=denoiser, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
-        levels = vae.config.get("block_out_channels") or vae.config.get(
-            "encoder_block_out_channels"
-        )
+        config: Mapping[str, Any] = vae.config
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
         self.vae_scale_factor = 2 ** (len(levels) - 1) if levels else 1
-        channels, pictures = denoiser.config["in_channels"], vae.config.get("in_channels", 3)
+        channels, pictures = denoiser.config["in_channels"], config.get("in_channels", 3)
         # A tensor of so many channels counts as latents; where pictures have as many, none does.
         self.latent_channels = channels if channels != pictures else 0
         options: dict[str, Any] = {
@@ -455,11 +459,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             encoded = self.vae.encode((2 * pixels - 1).to(self.vae.dtype))
         if hasattr(encoded, "latent_dist"):
             posterior = encoded.latent_dist
-            mean, std = (
-                moment.float().expand(batch_size, -1, -1, -1)
-                for moment in (posterior.mean, posterior.std)
-            )
-            latents = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+            shape = (batch_size, *posterior.mean.shape[1:])  # one picture gets B draws
+            noise = randn_tensor(shape, generator, posterior.mean.device, torch.float32)
+            latents = posterior.mean.float() + posterior.std.float() * noise
         else:
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return scale_latents(latents.float(), self.vae.config)

@@ -423,6 +423,7 @@ torch.set_num_threads(1)
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
 pipe.save_pretrained(again)
 options = {"num_inference_steps": 3, "output_type": "np", "class_labels": "dog"}
+options |= {"image": torch.full((1, 3, 16, 16), 0.5), "mask_image": torch.eye(16)}
 first = pipe(generator=torch.Generator().manual_seed(0), **options).images
 pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
 second = pipe(generator=torch.Generator().manual_seed(0), **options).images
@@ -497,7 +498,8 @@ class TestFolder:
             capture_output=True,
         )
         first, second = np.load(tmp_path / "images.npy")
-        expected = sample(pipe, output_type="np", class_labels="dog")
+        task = {"image": torch.full((1, 3, 16, 16), 0.5), "mask_image": torch.eye(16)}
+        expected = sample(pipe, output_type="np", class_labels="dog", **task)
         np.testing.assert_array_equal(first, expected)
         np.testing.assert_array_equal(second, expected)
         source = (PIPELINES / "latent_diffusion.py").read_text()
