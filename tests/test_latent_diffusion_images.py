@@ -40,20 +40,22 @@ pytestmark = [
 
 SCHEDULERS = [
     (DDIMScheduler, {}),
-    (DDPMScheduler, {}),
     (DPMSolverMultistepScheduler, {}),
     (EulerDiscreteScheduler, {}),
-    (EulerAncestralDiscreteScheduler, {}),
     (FlowMatchEulerDiscreteScheduler, {}),
-    (FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}),
     (HeunDiscreteScheduler, {}),
-    (UniPCMultistepScheduler, {}),
+    pytest.param(DDPMScheduler, {}, marks=pytest.mark.slow),
+    pytest.param(EulerAncestralDiscreteScheduler, {}, marks=pytest.mark.slow),
+    pytest.param(
+        FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}, marks=pytest.mark.slow
+    ),
+    pytest.param(UniPCMultistepScheduler, {}, marks=pytest.mark.slow),
 ]
 STOCK = [
     (DDIMScheduler, {"steps_offset": 1, "clip_sample": False}),
-    (DPMSolverMultistepScheduler, {"steps_offset": 1}),
-    (EulerDiscreteScheduler, {"steps_offset": 1}),
     (HeunDiscreteScheduler, {"steps_offset": 1}),
+    pytest.param(DPMSolverMultistepScheduler, {"steps_offset": 1}, marks=pytest.mark.slow),
+    pytest.param(EulerDiscreteScheduler, {"steps_offset": 1}, marks=pytest.mark.slow),
 ]
 
 
