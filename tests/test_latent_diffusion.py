@@ -10,23 +10,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
-    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
-    UNet2DModel,
     VQModel,
 )
 from diffusers.callbacks import PipelineCallback
 from PIL import Image
+from tiny_pipelines import NAMES, SHAPE, make_dit, make_pipeline, make_unet, make_vae, sample
 
 from latent_diffusion import LatentDiffusionPipeline, scale_latents, unscale_latents
 
@@ -38,68 +36,11 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-NAMES = {0: "cat", 1: "dog, hound", 2: "bird"}
 ZERO_SNR = {
     "timestep_spacing": "trailing",
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
 }
-SHAPE = (4, 8, 8)  # latents of pictures of 16 x 16
-
-
-def make_vae(**config):
-    torch.manual_seed(0)
-    levels = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    return AutoencoderKL(
-        down_block_types=levels[0],
-        up_block_types=levels[1],
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        **{"scaling_factor": 0.5, **config},
-    ).eval()
-
-
-def make_unet(classes=None, **config):
-    torch.manual_seed(1)
-    return UNet2DModel(
-        **{"sample_size": 8, **config},
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=None if classes is None else classes + 1,
-    ).eval()
-
-
-def make_dit(classes=3, **config):
-    torch.manual_seed(1)
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=classes,
-        **config,
-    ).eval()
-
-
-def make_pipeline(denoiser=None, scheduler=None, vae=None, **options):
-    pipe = LatentDiffusionPipeline(
-        vae or make_vae(), denoiser or make_unet(), scheduler or DDIMScheduler(), **options
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sample(pipe, seed=0, **options):
-    options = {"num_inference_steps": 3, "output_type": "pt", **options}
-    return pipe(generator=torch.Generator().manual_seed(seed), **options).images
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +225,8 @@ class TestCall:
                 "batch_size for 2, latents for 1",
             ),
             ({"latents": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 4, 8, 8\), not \(1, 3, 8, 8\)"),
-            ({"height": 18}, "multiples of 4, not 18 and 16"),
-            ({"height": -4}, "multiples of 4, not -4 and 16"),
+            ({"height": 17}, "height must be a multiple of 2, the autoencoder's factor, not 17"),
+            ({"width": -4}, "width must be a multiple of 2, .* not -4"),
             ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks get only"),
         ],
     )
@@ -294,8 +235,6 @@ class TestCall:
             unconditional(**options)
 
     def test_sizes_that_a_denoiser_does_not_have(self):
-        with pytest.raises(ValueError, match="must be 16 for this DiT"):
-            make_pipeline(make_dit())(height=32)
         with pytest.raises(ValueError, match="no size of its own"):
             make_pipeline(make_unet(sample_size=None))()
 
@@ -484,6 +423,7 @@ torch.set_num_threads(1)
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
 pipe.save_pretrained(again)
 options = {"num_inference_steps": 3, "output_type": "np", "class_labels": "dog"}
+options |= {"image": torch.full((1, 3, 16, 16), 0.5), "mask_image": torch.eye(16)}
 first = pipe(generator=torch.Generator().manual_seed(0), **options).images
 pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
 second = pipe(generator=torch.Generator().manual_seed(0), **options).images
@@ -558,7 +498,8 @@ class TestFolder:
             capture_output=True,
         )
         first, second = np.load(tmp_path / "images.npy")
-        expected = sample(pipe, output_type="np", class_labels="dog")
+        task = {"image": torch.full((1, 3, 16, 16), 0.5), "mask_image": torch.eye(16)}
+        expected = sample(pipe, output_type="np", class_labels="dog", **task)
         np.testing.assert_array_equal(first, expected)
         np.testing.assert_array_equal(second, expected)
         source = (PIPELINES / "latent_diffusion.py").read_text()
