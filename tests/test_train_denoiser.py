@@ -16,14 +16,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from denoisers import Examples, build_denoiser, build_scheduler
+from denoiser_examples import Examples
+from denoiser_trainer import Trainer, learning_rate
+from denoisers import build_denoiser, build_scheduler
 from latent_ae.config import Preprocessing, Storage
 from latent_ae.errors import UserError
 from latent_ae.latents import AutoencoderRecord, LatentDataset, LatentsManifest, weights_sha256
 from latent_ae.latents.format import INDEX_COLUMNS, ShardRecord
 from latent_ae.scaling import LatentScaling
 from latent_diffusion import LatentDiffusionPipeline, scale_latents
-from train_denoiser import DenoiserConfig, Trainer, app, learning_rate, train
+from train_denoiser import DenoiserConfig, app, train
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
