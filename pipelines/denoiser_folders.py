@@ -16,11 +16,15 @@ from latent_ae.latents import LatentsManifest, weights_sha256
 from latent_ae.scaling import LatentScaling
 from latent_diffusion import LatentDiffusionPipeline
 
-__all__ = ["check_autoencoder", "load_autoencoder", "save_pipeline"]
+__all__ = ["build_pipeline", "check_autoencoder", "check_output", "save_pipeline"]
 
 
-def check_autoencoder(folder: Path, manifest: LatentsManifest) -> None:
-    """Refuses any autoencoder but the one that made the latents, scaled as it was then."""
+def check_autoencoder(folder: Path, manifest: LatentsManifest) -> Any:
+    """The autoencoder that made the latents, loaded.
+
+    Raises:
+        UserError: the folder's has other weights, or another scale than when it made them.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"the latents' autoencoder is not at {folder}: say where by --autoencoder")
     if weights_sha256(folder) != manifest.autoencoder.weights_sha256:
@@ -28,7 +32,8 @@ def check_autoencoder(folder: Path, manifest: LatentsManifest) -> None:
             f"the latents were made by other weights than those in {folder}: name the autoencoder "
             "that made them by --autoencoder, or encode again"
         )
-    now = LatentScaling.of(load_autoencoder(folder)).model_dump()
+    autoencoder = _load(folder)
+    now = LatentScaling.of(autoencoder).model_dump()
     for name, value in now.items():
         then = getattr(manifest.autoencoder, name)
         if value != then:
@@ -36,32 +41,56 @@ def check_autoencoder(folder: Path, manifest: LatentsManifest) -> None:
                 f"{name} in {folder / 'config.json'} is {value} but was {then} when the latents "
                 "were made: encode again"
             )
+    return autoencoder
 
 
-def load_autoencoder(folder: Path) -> Any:
-    """The autoencoder in a folder; raises `UserError` where diffusers cannot load it."""
+def check_output(output: Path, manifest: LatentsManifest) -> None:
+    """Raises `UserError` if what is there is not a pipeline on the latents' autoencoder."""
+    if not output.exists():
+        return
+    if not (output / "model_index.json").is_file():
+        raise UserError(f"{output} is there already and is no pipeline: choose another output")
+    if weights_sha256(output / "vae") != manifest.autoencoder.weights_sha256:
+        raise UserError(
+            f"{output} holds a pipeline with another autoencoder than the latents': choose another "
+            "output, or remove it"
+        )
+
+
+def _load(folder: Path) -> Any:
     try:
         return AutoModel.from_pretrained(str(folder), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"diffusers cannot load the autoencoder in {folder}: {error}") from error
 
 
-def save_pipeline(
-    trainer: Trainer, manifest: LatentsManifest, autoencoder: Path, output: Path
-) -> None:
-    """Saves the averaged denoiser with its autoencoder beside `output`, then takes its place."""
-    denoiser = trainer.denoiser
-    trainer.ema.copy_to(denoiser.parameters())
+def build_pipeline(
+    trainer: Trainer, manifest: LatentsManifest, autoencoder: Any
+) -> LatentDiffusionPipeline:
+    """The pipeline of the denoiser as it is now, the latents' autoencoder and their labels."""
     names = dict(enumerate(manifest.label_names)) if trainer.classes else {}
-    pipe = LatentDiffusionPipeline(
-        load_autoencoder(autoencoder),
-        denoiser.cpu().eval(),
-        build_scheduler(trainer.config),
-        names or None,
-    )
+    scheduler = build_scheduler(trainer.config)
+    pipeline = LatentDiffusionPipeline(autoencoder, trainer.denoiser, scheduler, names or None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(
+    trainer: Trainer, pipeline: LatentDiffusionPipeline, autoencoder: Path, output: Path
+) -> None:
+    """Saves the pipeline with the averaged denoiser beside `output`, then takes its place.
+
+    Args:
+        trainer: whose denoiser the pipeline has.
+        pipeline: what `build_pipeline` made.
+        autoencoder: the folder of the latents' autoencoder.
+        output: where to; what is there gives way.
+    """
+    trainer.ema.copy_to(trainer.denoiser.parameters())
+    trainer.denoiser.cpu().eval()
     output = output.absolute()
     aside, old = (output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    pipe.save_pretrained(aside)
+    pipeline.save_pretrained(aside)
     # Byte for byte the weights that the latents name, however an older diffusers wrote them.
     weights = "diffusion_pytorch_model*"
     for file in (aside / "vae").glob(weights):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,13 +25,17 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from denoiser_distance import Distance
 from denoiser_examples import Examples
-from denoiser_folders import check_autoencoder, save_pipeline
+from denoiser_folders import build_pipeline, check_autoencoder, check_output, save_pipeline
 from denoiser_log import Log
+from denoiser_samples import draw_sheet
 from denoiser_trainer import Trainer
-from denoisers import DenoiserConfig
+from denoisers import PANELS, DenoiserConfig
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset
+from latent_ae.processes import from_main
+from latent_diffusion import LatentDiffusionPipeline
 
 __all__ = ["DenoiserConfig", "train"]
 
@@ -66,37 +71,75 @@ def train(
     if data.manifest.storage.kind == "indices":
         raise UserError(f"{latents} holds codebook indices, which no diffusion of numbers fits")
     autoencoder = Path(autoencoder or data.manifest.autoencoder.path)
-    check_autoencoder(autoencoder, data.manifest)
-    if output.exists() and not (output / "model_index.json").is_file():
-        raise UserError(f"{output} is there already and is no pipeline: choose another output")
+    vae = check_autoencoder(autoencoder, data.manifest)
+    check_output(output, data.manifest)
     trainer = Trainer(config, data, folder)
     accelerator = trainer.accelerator
+    pipeline = build_pipeline(trainer, data.manifest, vae.to(accelerator.device).eval())
+    distance = Distance(trainer, pipeline, data) if config.distance_every else None
     loader = DataLoader(
         Examples(
             data, config, trainer.classes, (accelerator.process_index, accelerator.num_processes)
         ),
         batch_size=None,
-        sampler=range(trainer.step, config.steps),
+        sampler=range(trainer.step * config.accumulation, config.steps * config.accumulation),
         num_workers=config.workers,
         pin_memory=accelerator.device.type == "cuda",
     )
     with Log(trainer, console or Console(stderr=True)) as log:
-        for batch in loader:
-            progress = trainer.progress()
-            if progress >= 1:
-                break
-            log.add(trainer.update(batch, progress))
+        batches = iter(loader)
+        while (progress := trainer.progress()) < 1:
+            log.add(trainer.update(list(islice(batches, config.accumulation)), progress))
             if trainer.step % config.log_every == 0:
                 log.write()
+            _look(trainer, pipeline, distance, log)
             if trainer.step % config.checkpoint_every == 0:
                 trainer.save()
         log.write()
+        _look(trainer, pipeline, distance, log, last=True)
     trainer.save()
     if accelerator.is_main_process:
-        save_pipeline(trainer, data.manifest, autoencoder, output)
+        save_pipeline(trainer, pipeline, autoencoder, output)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output
+
+
+def _look(
+    trainer: Trainer,
+    pipeline: LatentDiffusionPipeline,
+    distance: Distance | None,
+    log: Log,
+    *,
+    last: bool = False,
+) -> None:
+    """Draws a sheet and measures the distance, if they are due at this step and not yet done."""
+
+    def due(group: str, every: int) -> bool:
+        if not every or (trainer.step % every and not last):
+            return False
+        return not from_main(lambda: (trainer.step, group) in log.done)
+
+    config = trainer.config
+    if due("samples", config.sample_every):
+        with log.paused(), trainer.averaged():
+            if trainer.accelerator.is_main_process:
+                path = trainer.folder / "samples" / f"step-{trainer.step:09d}.png"
+                draw_sheet(path, pipeline, config, trainer.shape)
+                log.record("samples", {"sheet": f"samples/{path.name}"}, path)
+            trainer.accelerator.wait_for_everyone()
+    if distance is not None and due("distance", config.distance_every):
+        with log.paused(), trainer.averaged():
+            row = distance.measure()
+        log.record("distance", row)
+        log.tell(
+            f"step {trainer.step} · Fréchet distance {row['frechet_distance'] or 0:.4g} "
+            f"({row['features']}, {row['samples']} drawn to {row['pictures']} of the latents)"
+        )
+
+
+# typer knows no pydantic type inside `| None`.
+_OPTIONAL = {"seconds": float, "distance_weights": str}
 
 
 def _command() -> Callable[..., None]:
@@ -124,11 +167,14 @@ def _command() -> Callable[..., None]:
         parameter("autoencoder", Path, where(help="Default: the one the latents name."), None),
         parameter("run", Path, where(help="Checkpoints and log. Default: OUTPUT-run."), None),
     ]
+    panel = ""
     for name, field in DenoiserConfig.model_fields.items():
         is_list = isinstance(field.default, tuple)
         default = ",".join(map(str, field.default)) if is_list else field.default
-        kind: Any = str if is_list else float if name == "seconds" else field.annotation
-        parameters.append(parameter(name, kind, where(help=field.description), default))
+        kind: Any = str if is_list else _OPTIONAL.get(name, field.annotation)
+        panel = PANELS.get(name, panel)
+        info = where(help=field.description, rich_help_panel=panel)
+        parameters.append(parameter(name, kind, info, default))
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
     command.__doc__ = "Trains a denoiser on LATENTS and saves a diffusers pipeline to OUTPUT."
     return command
@@ -137,10 +183,13 @@ def _command() -> Callable[..., None]:
 def _sentence(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    return "; ".join(
-        f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
-        for item in error.errors()
-    )
+    return "; ".join(_sentence_of(item) for item in error.errors())
+
+
+def _sentence_of(item: Any) -> str:
+    if not item["loc"]:  # of keys that do not fit together
+        return item["msg"].removeprefix("Value error, ")
+    return f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
 
 
 app = typer.Typer(add_completion=False)
