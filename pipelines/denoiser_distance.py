@@ -42,7 +42,8 @@ class Distance:
         data: the latents.
 
     Raises:
-        UserError: there are fewer than two latents, or the network's weights are not to be had.
+        UserError: there are fewer than two latents, their pictures are too small for the features,
+            or the network's weights are not to be had.
     """
 
     def __init__(
@@ -55,10 +56,9 @@ class Distance:
         self.data = LatentDataset(data.folder, columns=("label",), seed=config.seed)
         network = FEATURE_NETWORKS[config.distance_features](config.distance_weights)
         self.network = network.to(self.accelerator.device)
-        self.samples, self.pictures = (
-            config.distance_samples,
-            min(config.distance_samples, len(data)),
-        )
+        self._require_large_enough()
+        self.samples = config.distance_samples
+        self.pictures = min(self.samples, len(data))
         self.file = trainer.folder / f"reference-{config.distance_features}.safetensors"
         self.identity = self._identity()
 
@@ -80,6 +80,19 @@ class Distance:
             frechet.merge({"real": self._cached(), "reconstructions": {"drawn": drawn}})
             row["frechet_distance"] = frechet.compute("drawn").distance
         return row
+
+    def _require_large_enough(self) -> None:
+        factor = self.pipeline.vae_scale_factor
+        for height, width in ((factor * h, factor * w) for h, w in self.data.index.sizes):
+            picture = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+            try:
+                self.network(picture.to(self.accelerator.device))
+            except RuntimeError as error:  # a kernel is larger than what is left of the picture
+                name = self.config.distance_features
+                raise UserError(
+                    f"pictures of {height} × {width} are too small for the features of {name}: "
+                    "take --distance-features inception, or --distance-every 0"
+                ) from error
 
     def _moments(
         self, count: int, pictures_of: Callable[[list[int]], Iterable[Tensor]]

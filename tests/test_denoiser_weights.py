@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from denoiser_examples import Examples, ddpm_weight, flow_weight
 from denoiser_trainer import Trainer, usual_shape
 from denoisers import build_scheduler
+from latent_ae.config import Preprocessing
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset, encode
 from train_denoiser import DenoiserConfig, app, train
@@ -43,8 +44,8 @@ def buckets(tmp_path_factory, autoencoder):
         colour = (20 * number, 90, 200)
         (folder / "pictures").mkdir(exist_ok=True)
         Image.new("RGB", size, colour).save(folder / "pictures" / f"{number:02}.png")
-    sizes = {"resolution": 16, "buckets": True, "bucket_step": 4, "workers": 0}
-    encode(autoencoder, folder / "pictures", folder / "latents", **sizes)
+    cut = Preprocessing(resolution=16, buckets=True, bucket_step=4)
+    encode(autoencoder, folder / "pictures", folder / "latents", preprocessing=cut, workers=0)
     return folder / "latents"
 
 

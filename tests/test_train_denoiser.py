@@ -206,7 +206,11 @@ class TestTrain:
         ("options", "tolerance"),
         [
             ({"objective": "flow"}, 0.15),
-            ({"objective": "flow", "weighting": "cosmap", "shift": 3.0}, 0.15),
+            pytest.param(
+                {"objective": "flow", "weighting": "cosmap", "shift": 3.0},
+                0.15,
+                marks=pytest.mark.slow,
+            ),
             ({"objective": "ddpm", "prediction": "v_prediction"}, 0.15),
             ({"objective": "ddpm", "weighting": "min_snr"}, 0.15),
             # Where there is next to no signal, the data is 15 times the error of epsilon away.
@@ -364,6 +368,34 @@ class TestRefusals:
         with pytest.raises(UserError, match="is there already and is no pipeline"):
             train(latents, tmp_path)
 
+    def test_an_output_with_another_autoencoder(self, latents, autoencoder, tmp_path):
+        vae = AutoencoderKL.from_pretrained(autoencoder)
+        with torch.no_grad():
+            vae.decoder.conv_out.bias.add_(1e-3)
+        vae.save_pretrained(tmp_path / "pipe" / "vae")
+        (tmp_path / "pipe" / "model_index.json").write_text("{}")
+        with pytest.raises(UserError, match="pipe holds a pipeline with another autoencoder"):
+            train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1))
+
+    def test_a_run_with_another_autoencoder(self, latents, autoencoder, tmp_path):
+        run = {"run": tmp_path / "run", "console": QUIET}
+        train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), **run)
+        vae = AutoencoderKL.from_pretrained(autoencoder)
+        with torch.no_grad():
+            vae.decoder.conv_out.bias.add_(1e-3)
+        vae.save_pretrained(tmp_path / "other")
+        mean, names = torch.zeros((2, *SHAPE)), ["cat", "dog"]
+        others = write_latents(
+            tmp_path / "others", tmp_path / "other", mean, labels=[0, 1], names=names
+        )
+        sentence = "run holds a run with another autoencoder: choose another --run$"
+        with pytest.raises(UserError, match=sentence):
+            train(others, tmp_path / "pipe2", DenoiserConfig(**TINY, steps=2), **run)
+
+    def test_guidance_without_labels(self, point, tmp_path):
+        with pytest.raises(UserError, match="--guidance-scale takes labels"):
+            train(point, tmp_path / "pipe", DenoiserConfig(**TINY, guidance_scale=2.0))
+
     def test_a_run_of_another_denoiser(self, latents, tmp_path):
         train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), console=QUIET)
         other = DenoiserConfig(**{**TINY, "channels": (8, 8)}, steps=2)
@@ -409,7 +441,9 @@ class TestCommand:
             assert len(result.stderr.splitlines()) == 1
 
     def test_options_reach_the_training(self, latents, tmp_path):
-        options = "--channels 8,16 --layers 1 --steps 2 --batch-size 2 --no-labels --run"
+        options = (
+            "--channels 8,16 --layers 1 --steps 2 --batch-size 2 --no-labels --sample-every 0 --run"
+        )
         arguments = [str(latents), str(tmp_path / "pipe"), *options.split(), str(tmp_path / "run")]
         assert CliRunner().invoke(app, arguments).exit_code == 0
         assert load(tmp_path / "pipe").denoiser.config.block_out_channels == [8, 16]
