@@ -17,7 +17,7 @@ from latent_diffusion import LatentDiffusionPipeline
 __all__ = ["decode", "draw", "draw_sheet", "noise_of"]
 
 _COLUMNS, _ROWS = 8, 4
-_SIDE = 96  # pixels; smaller pictures are enlarged by a whole number
+_SIDE = 128  # pixels; smaller pictures are enlarged by a whole number
 _SHEET = 1  # keeps its noise apart from other draws of the same seed
 
 
@@ -104,7 +104,7 @@ def _titles(pipeline: LatentDiffusionPipeline, classes: list[int], width: int) -
     """The classes' first names, as much of each as fits above a picture of `width` pixels."""
     names = {int(index): name for index, name in (pipeline.config["id2label"] or {}).items()}
     first = [names.get(label, f"class {label}").split(",")[0] for label in classes]
-    most = max(6, width // 9)
+    most = int(width / (0.6 * max(11, min(18, width // 11))))  # `save_sheet`'s font
     titles = [name if len(name) <= most else name[: most - 1] + "…" for name in first]
     # A column of its own for each, also where names are alike as far as they fit.
     return titles if len(set(titles)) == len(titles) else [str(label) for label in classes]

@@ -122,12 +122,12 @@ def _look(
 
     config = trainer.config
     if due("samples", config.sample_every):
+        path = trainer.folder / "samples" / f"step-{trainer.step:09d}.png"
         with log.paused(), trainer.averaged():
             if trainer.accelerator.is_main_process:
-                path = trainer.folder / "samples" / f"step-{trainer.step:09d}.png"
                 draw_sheet(path, pipeline, config, trainer.shape)
-                log.record("samples", {"sheet": f"samples/{path.name}"}, path)
             trainer.accelerator.wait_for_everyone()
+        log.record("samples", {"sheet": f"samples/{path.name}"}, path)
     if distance is not None and due("distance", config.distance_every):
         with log.paused(), trainer.averaged():
             row = distance.measure()

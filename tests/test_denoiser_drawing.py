@@ -158,18 +158,18 @@ class TestSheets:
         assert [row["step"] for row in group(drawn, "samples")] == [3, 6, 7]
 
     def test_show_what_the_saved_pipeline_draws(self, drawn):
-        """A column for each class, a row for each noise, enlarged threefold to 96 pixels."""
+        """A column for each class, a row for each noise, enlarged fourfold to 128 pixels."""
         with Image.open(run_of(drawn) / "samples" / "step-000000007.png") as sheet:
             pixels = np.asarray(sheet)
         rows = torch.stack([noise(i, of=1) for i in range(4)])
-        head = pixels.shape[0] - 4 * (96 + 6)
+        head = pixels.shape[0] - 4 * (128 + 6)
         for column in range(2):
             expected = pictures_of(
                 saved(drawn), rows, class_labels=[column] * 4, guidance_scale=2.0
             )
             for row in range(4):
-                top, left = head + row * 102, 6 + column * 102
-                found = pixels[top : top + 96 : 3, left : left + 96 : 3]
+                top, left = head + row * 134, 6 + column * 134
+                found = pixels[top : top + 128 : 4, left : left + 128 : 4]
                 assert np.abs(found - expected[row]).max() <= 1  # rounded from another place
                 assert expected[row].std() > 1
 
@@ -178,7 +178,7 @@ class TestSheets:
         pipe = train(latents, tmp_path / "pipe", DenoiserConfig(**options), console=QUIET)
         (sheet,) = (run_of(pipe) / "samples").iterdir()
         with Image.open(sheet) as picture:
-            assert picture.size == (8 * 102 + 6, 4 * 102 + 2 * 6 - 6)
+            assert picture.size == (8 * 134 + 6, 4 * 134 + 6)
 
 
 class TestDistance:

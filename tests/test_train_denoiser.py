@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -423,6 +424,11 @@ class TestCommand:
         for name in DenoiserConfig.model_fields:
             assert f"--{name.replace('_', '-')}" in result.output
         assert "128,256,256" in result.output
+
+    def test_every_option_is_in_the_documentation(self):
+        page = (PIPELINES.parent / "docs" / "denoiser.md").read_text()
+        named = set(re.findall(r"`--([a-z-]+)", page)) - {"autoencoder", "run", "help"}
+        assert named == {name.replace("_", "-") for name in DenoiserConfig.model_fields}
 
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
