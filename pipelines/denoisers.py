@@ -1,4 +1,4 @@
-"""The recipe of a latent denoiser: its options, its network, its scheduler, what it learns from.
+"""The recipe of a latent denoiser: its options, its network, its scheduler.
 
 `train_denoiser.py` trains by it. What is built here fits `LatentDiffusionPipeline`: the null class
 of classifier-free guidance is the last row of the label embedding.
@@ -7,11 +7,9 @@ of classifier-free guidance is the last row of the label embedding.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
 from diffusers import (
     DDIMScheduler,
     DiTTransformer2DModel,
@@ -28,20 +26,36 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from latent_ae.errors import UserError
-from latent_ae.latents import LatentDataset
 
-__all__ = ["DenoiserConfig", "Examples", "build_denoiser", "build_scheduler"]
+__all__ = [
+    "PANELS",
+    "TRAIN_TIMESTEPS",
+    "DenoiserConfig",
+    "build_denoiser",
+    "build_scheduler",
+    "require_fit",
+]
 
 TRAIN_TIMESTEPS = 1000
 
 
 def _integers(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
+
+
+# The first key of each group, under which the script's help shows it and those after it.
+PANELS = {
+    "denoiser": "Network",
+    "objective": "Objective",
+    "steps": "Training",
+    "workers": "Machine and log",
+    "sample_every": "Sheets and distance",
+}
 
 
 class DenoiserConfig(BaseModel):
@@ -71,6 +85,16 @@ class DenoiserConfig(BaseModel):
     """ddpm: the noise, or v (Salimans and Ho 2022) with betas of zero terminal SNR."""
     sigmas: Literal["logit_normal", "uniform"] = "logit_normal"
     """flow: the noise levels trained at; `logit_normal` as in SD3 (Esser et al. 2024)."""
+    logit_mean: float = 0.0
+    """logit_normal: mean of the noise level's logit; above 0 there is more noise."""
+    logit_std: PositiveFloat = 1.0
+    """logit_normal: its standard deviation."""
+    shift: PositiveFloat = 1.0
+    """flow: σ becomes s·σ / (1 + (s − 1)·σ), in training and in the saved scheduler (SD3: 3)."""
+    weighting: Literal["none", "min_snr", "cosmap", "sigma_sqrt"] = "none"
+    """Loss weights; ddpm: `min_snr` (Hang et al. 2023); flow: `cosmap`, `sigma_sqrt` (SD3)."""
+    snr_gamma: PositiveFloat = 5.0
+    """min_snr: the signal-to-noise ratio above which weights rise no more."""
     labels: bool = True
     """Condition on the latents' labels, where there are any."""
     label_dropout: float = Field(default=0.1, ge=0, le=1)
@@ -80,7 +104,9 @@ class DenoiserConfig(BaseModel):
     seconds: PositiveFloat | None = None
     """Train at most this long (start and saving not counted), the learning rate falling in time."""
     batch_size: PositiveInt = 64
-    """Latents a process and step."""
+    """Latents that a process takes at once."""
+    accumulation: PositiveInt = 1
+    """Such batches a process and step: the gradient is their mean."""
     learning_rate: PositiveFloat = 1e-4
     """The peak."""
     warmup_steps: NonNegativeInt = 500
@@ -93,12 +119,60 @@ class DenoiserConfig(BaseModel):
     """Decay of the averaged weights, which are saved; after t steps at most (1 + t) / (10 + t)."""
     workers: NonNegativeInt = 0
     """Loader processes beside each training process."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of initialisation, order and noise."""
     log_every: PositiveInt = 50
     """Steps between rows of log.jsonl."""
     checkpoint_every: PositiveInt = 2000
     """Steps between checkpoints; the last step always leaves one."""
+    sample_every: NonNegativeInt = 5000
+    """Steps between sheets of pictures that the averaged weights draw, and one last; 0 for none."""
+    sampling_steps: PositiveInt = 50
+    """Steps of the sampler for a sheet and for the distance."""
+    guidance_scale: float = Field(default=1.0, ge=1)
+    """Classifier-free guidance of both; 1 is none."""
+    sample_batch_size: PositiveInt = 16
+    """Pictures drawn at once; changes nothing but memory and time."""
+    distance_every: NonNegativeInt = 0
+    """Steps between Fréchet distances to the pictures of the latents, and one last; 0 for none."""
+    distance_samples: int = Field(default=10_000, ge=2)
+    """Pictures drawn for a distance, and at most as many to compare with."""
+    distance_features: Literal["alexnet", "vgg16", "inception"] = "alexnet"
+    """Whose features: `alexnet` comes with latent_ae, the others are fetched once."""
+    distance_weights: str | None = None
+    """A file of that network's weights, where it cannot be fetched."""
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> DenoiserConfig:
+        """Refuses what would change nothing, and weights of the other objective."""
+        valid = {"flow": ("none", "cosmap", "sigma_sqrt"), "ddpm": ("none", "min_snr")}
+        if self.weighting not in valid[self.objective]:
+            raise ValueError(
+                f"weighting {self.weighting} is not for objective {self.objective}, which takes "
+                f"{', '.join(valid[self.objective])}"
+            )
+        if self.objective == "ddpm" and self.shift != 1:
+            raise ValueError("shift is for objective flow; the noise levels of ddpm are its betas'")
+        fields = type(self).model_fields
+        for name in ("logit_mean", "logit_std"):
+            asked = getattr(self, name) != fields[name].default
+            if asked and (self.objective, self.sigmas) != ("flow", "logit_normal"):
+                raise ValueError(f"{name} is for objective flow with sigmas logit_normal")
+        return self
+
+
+def require_fit(config: DenoiserConfig, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Raises `UserError` unless the denoiser can take latents of all these shapes (c, h, w)."""
+    if config.denoiser == "dit" and len(shapes) > 1:
+        raise UserError(f"a DiT wants latents of one size, not of {len(shapes)}: try unet")
+    halvings = len(config.channels) - 1
+    for _, h, w in shapes:
+        if config.denoiser == "dit" and (h != w or h % config.patch):
+            raise UserError(
+                f"a DiT wants square latents that `patch` divides, not {h} × {w}: try unet"
+            )
+        if config.denoiser == "unet" and (h % 2**halvings or w % 2**halvings):
+            raise UserError(f"latents of {h} × {w} cannot be halved {halvings} times: channels")
 
 
 def build_denoiser(
@@ -106,16 +180,15 @@ def build_denoiser(
 ) -> UNet2DModel | DiTTransformer2DModel:
     """A fresh denoiser for latents of `shape` (c, h, w), with a null class after its `classes`.
 
+    A U-Net takes other sizes too, if `require_fit` lets them pass.
+
     Raises:
         UserError: the network does not fit the latents.
     """
+    require_fit(config, [shape])
     (c, h, w), channels = shape, config.channels
     if config.denoiser == "dit":
         return _build_dit(config, shape, classes)
-    if h % 2 ** (len(channels) - 1) or w % 2 ** (len(channels) - 1):
-        raise UserError(
-            f"latents of {h} × {w} cannot be halved {len(channels) - 1} times: channels"
-        )
     plain = len(channels) - config.attention
     attends = [level >= plain for level in range(len(channels))]
     groups = math.gcd(32, *channels)
@@ -138,18 +211,15 @@ def build_denoiser(
 def _build_dit(
     config: DenoiserConfig, shape: tuple[int, int, int], classes: int
 ) -> DiTTransformer2DModel:
-    c, h, w = shape
-    if h != w or h % config.patch:
-        raise UserError(f"a DiT wants square latents that `patch` divides, not {h} × {w}: try unet")
     if config.width % config.heads:
         raise UserError(f"heads {config.heads} does not divide width {config.width}")
     dit = DiTTransformer2DModel(
         num_attention_heads=config.heads,
         attention_head_dim=config.width // config.heads,
-        in_channels=c,
+        in_channels=shape[0],
         num_layers=config.depth,
         patch_size=config.patch,
-        sample_size=h,
+        sample_size=shape[1],
         num_embeds_ada_norm=classes,
     )
     # adaLN-Zero (Peebles and Xie 2023): each block starts as the identity. diffusers, made for
@@ -172,7 +242,7 @@ def build_scheduler(config: DenoiserConfig) -> FlowMatchEulerDiscreteScheduler |
     ("trailing") and, with v-prediction, at pure noise (Lin et al. 2024).
     """
     if config.objective == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
+        return FlowMatchEulerDiscreteScheduler(TRAIN_TIMESTEPS, shift=config.shift)
     return DDIMScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,
         beta_schedule="scaled_linear",
@@ -183,73 +253,3 @@ def build_scheduler(config: DenoiserConfig) -> FlowMatchEulerDiscreteScheduler |
         prediction_type=config.prediction,
         rescale_betas_zero_snr=config.prediction == "v_prediction",
     )
-
-
-class Examples(Dataset[dict[str, Tensor]]):
-    """What the denoiser learns from at each step, as a function of seed, process and step alone.
-
-    Item `step` is a batch: `noisy` and `target` of shape (B, c, h, w), `timestep` of shape (B,) and
-    `label` of shape (B,), which is `classes` in the place of missing and dropped labels.
-
-    Args:
-        latents: what to learn.
-        config: the batch size, the objective and the seed.
-        classes: how many classes; also the index of the null class.
-        process: the index and the number of processes.
-    """
-
-    def __init__(
-        self,
-        latents: LatentDataset,
-        config: DenoiserConfig,
-        classes: int = 0,
-        process: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.latents, self.config, self.classes, self.process = latents, config, classes, process
-        self.scheduler = build_scheduler(config)
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        config, (rank, world) = self.config, self.process
-        with torch.random.fork_rng(devices=[]):  # LatentDataset draws from the global generator
-            torch.manual_seed(_mix(config.seed, rank, step))
-            first = (step * world + rank) * config.batch_size
-            rows = [self._row(first + i) for i in range(config.batch_size)]
-            latents = torch.stack([row["latents"] for row in rows])
-            labels = torch.tensor([row["label"] for row in rows])
-            drop = torch.rand(len(rows)) < config.label_dropout
-            known = (labels >= 0) & (labels < self.classes)  # none is, when labels are left out
-            labels = torch.where(known & ~drop, labels, self.classes)
-            noisy, timestep, target = self._corrupt(latents)
-        return {"noisy": noisy, "timestep": timestep, "target": target, "label": labels}
-
-    def _row(self, position: int) -> dict[str, Any]:
-        """The picture at a position of an endless stream that is shuffled anew each epoch."""
-        epoch, place = divmod(position, len(self.latents))
-        return self.latents[int(_order(len(self.latents), self.config.seed, epoch)[place])]
-
-    def _corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        noise = torch.randn_like(latents)
-        # One draw for the batch, spread evenly: less variance (Kingma et al. 2021, VDM, I.1).
-        uniform = (torch.arange(len(latents)) + torch.rand(1)) / len(latents)
-        if isinstance(self.scheduler, DDIMScheduler):
-            # (63 + 0.9999999) / 64 is 1 in float32.
-            timestep = (uniform * TRAIN_TIMESTEPS).long().clamp(max=TRAIN_TIMESTEPS - 1)
-            noisy = self.scheduler.add_noise(latents, noise, timestep)  # pyright: ignore
-            if self.config.prediction == "epsilon":
-                return noisy, timestep, noise
-            return noisy, timestep, self.scheduler.get_velocity(latents, noise, timestep)  # pyright: ignore
-        sigma = uniform
-        if self.config.sigmas == "logit_normal":
-            sigma = torch.special.ndtri(uniform).sigmoid()
-        s = sigma.view(-1, 1, 1, 1)
-        return (1 - s) * latents + s * noise, sigma * TRAIN_TIMESTEPS, noise - latents
-
-
-@lru_cache(maxsize=2)
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
-
-
-def _mix(*parts: int) -> int:
-    """A seed that is unlike the seeds of other parts."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])

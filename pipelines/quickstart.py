@@ -273,6 +273,7 @@ def train_denoiser(output: Path, budget: float, precision: Any) -> None:
         precision=precision,
         seconds=budget,
         log_every=50,
+        sample_every=0,  # the last stage draws
     )
     train(
         output / "latents",

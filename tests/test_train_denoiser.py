@@ -2,28 +2,26 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import diffusers
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from latents_folders import rows_of, state_of, tiny_autoencoder, write_latents
 from rich.console import Console
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from denoisers import Examples, build_denoiser, build_scheduler
-from latent_ae.config import Preprocessing, Storage
+from denoiser_examples import Examples
+from denoiser_trainer import Trainer, learning_rate
+from denoisers import build_denoiser, build_scheduler
 from latent_ae.errors import UserError
-from latent_ae.latents import AutoencoderRecord, LatentDataset, LatentsManifest, weights_sha256
-from latent_ae.latents.format import INDEX_COLUMNS, ShardRecord
-from latent_ae.scaling import LatentScaling
+from latent_ae.latents import LatentDataset, weights_sha256
 from latent_diffusion import LatentDiffusionPipeline, scale_latents
-from train_denoiser import DenoiserConfig, Trainer, app, learning_rate, train
+from train_denoiser import DenoiserConfig, app, train
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,59 +29,13 @@ SHAPE = (4, 8, 8)
 UNET = {"denoiser": "unet", "channels": (8, 16), "layers": 1, "attention": 1}
 DIT = {"denoiser": "dit", "width": 16, "depth": 2, "heads": 2}
 TINY = {**UNET, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 2}
+TINY["sample_every"] = 0
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "autoencoder"
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.5,
-        latents_mean=[0.1, 0.2, 0.3, 0.4],
-        latents_std=[1.0, 2.0, 0.5, 1.0],
-    )
-    vae.save_pretrained(folder)
-    return folder
-
-
-def write_latents(folder, autoencoder, mean, labels=None, logvar=-60.0, names=()):
-    """A latents folder; the default log-variance is that of no variance at all."""
-    folder.mkdir()
-    tensors = {"mean": mean, "logvar": torch.full_like(mean, logvar)}
-    save_file(tensors, folder / "shard-000000.safetensors")
-    labels = labels or [None] * len(mean)
-    rows = [
-        {"key": str(row), "position": row, "label": label, "row": row}
-        for row, label in enumerate(labels)
-    ]
-    index = pa.Table.from_pylist(rows, schema=pa.schema(INDEX_COLUMNS))
-    pyarrow.parquet.write_table(index, folder / "index-000000.parquet")
-    names_of_files = {"file": "shard-000000.safetensors", "index": "index-000000.parquet"}
-    shard = ShardRecord(**names_of_files, rows=len(mean), sha256="")
-    manifest = LatentsManifest(
-        autoencoder=AutoencoderRecord(
-            path=str(autoencoder),
-            weights_sha256=weights_sha256(autoencoder),
-            class_name="AutoencoderKL",
-            **LatentScaling.of(AutoencoderKL.from_pretrained(autoencoder)).model_dump(),
-        ),
-        preprocessing=Preprocessing(resolution=16),
-        storage=Storage(dtype="float32"),
-        latent_shapes=[tuple(mean.shape[1:])],
-        count=len(mean),
-        num_classes=len(names),
-        label_names=list(names),
-        shards=[shard],
-    )
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
-    return folder
+    return tiny_autoencoder(tmp_path_factory.mktemp("models") / "autoencoder")
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +53,6 @@ def point(tmp_path_factory, autoencoder):
     folder = tmp_path_factory.mktemp("latents") / "point"
     mean = torch.tensor([2.1, -5.8, 0.8, 4.4]).view(1, 4, 1, 1).expand(1, *SHAPE).contiguous()
     return write_latents(folder, autoencoder, mean)
-
-
-def rows_of(log):
-    return [json.loads(row) for row in log.read_text().splitlines()]
-
-
-def state_of(checkpoint):
-    return torch.load(checkpoint, weights_only=True)
 
 
 def load(folder):
@@ -140,10 +84,11 @@ class TestExamples:
         "options",
         [
             {"objective": "flow"},
+            {"objective": "flow", "shift": 3.0},
             {"objective": "ddpm", "prediction": "epsilon"},
             {"objective": "ddpm", "prediction": "v_prediction"},
         ],
-        ids=["flow", "epsilon", "v"],
+        ids=["flow", "shift", "epsilon", "v"],
     )
     def test_the_saved_scheduler_undoes_what_training_did(self, point, options):
         """One step of the sampler with the true target leads to the data: no convention differs."""
@@ -155,8 +100,11 @@ class TestExamples:
             batch["noisy"], batch["timestep"], batch["target"], strict=True
         ):
             if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-                scheduler.set_timesteps(sigmas=[float(timestep) / 1000])
-                assert scheduler.timesteps[0] == timestep
+                unshifted = float(timestep) / (3000 - 2 * float(timestep))
+                sigma = unshifted if config.shift == 3 else float(timestep) / 1000
+                scheduler.set_timesteps(sigmas=[sigma])
+                assert float(scheduler.timesteps[0]) == pytest.approx(float(timestep), rel=1e-5)
+                timestep = scheduler.timesteps[0]
                 found = scheduler.step(target, timestep, noisy).prev_sample
             else:
                 scheduler.set_timesteps(1000)
@@ -259,20 +207,33 @@ class TestTrain:
         ("options", "tolerance"),
         [
             ({"objective": "flow"}, 0.15),
+            pytest.param(
+                {"objective": "flow", "weighting": "cosmap", "shift": 3.0},
+                0.15,
+                marks=pytest.mark.slow,
+            ),
             ({"objective": "ddpm", "prediction": "v_prediction"}, 0.15),
+            ({"objective": "ddpm", "weighting": "min_snr"}, 0.15),
             # Where there is next to no signal, the data is 15 times the error of epsilon away.
             ({"objective": "ddpm", "prediction": "epsilon"}, 0.7),
             ({"denoiser": "unet", "channels": (32,), "layers": 1, "attention": 0}, 0.25),
         ],
-        ids=["flow", "v", "epsilon", "unet"],
+        ids=["flow", "flow-weighted", "v", "v-min-snr", "epsilon", "unet"],
     )
     def test_samples_of_one_point_are_this_point(self, point, tmp_path, options, tolerance):
         options = {"denoiser": "dit", "width": 32, "depth": 2, "heads": 2, "patch": 1, **options}
         config = DenoiserConfig(
-            **options, steps=80, batch_size=8, learning_rate=1e-2, warmup_steps=10, log_every=20
+            **options,
+            steps=80,
+            batch_size=8,
+            learning_rate=1e-2,
+            warmup_steps=10,
+            log_every=20,
+            sample_every=0,
         )
         train(point, tmp_path / "pipe", config, console=QUIET)
-        losses = [row["loss"] for row in rows_of(tmp_path / "pipe-run" / "log.jsonl")]
+        rows = rows_of(tmp_path / "pipe-run" / "log.jsonl")
+        losses = [row["loss"] for row in rows if row["group"] == "train"]
         assert losses[-1] < 0.2 * losses[0]
         pipe = load(tmp_path / "pipe")
         options = {"num_inference_steps": 10, "generator": torch.Generator().manual_seed(0)}
@@ -321,10 +282,10 @@ class TestTrain:
 
         update = Trainer.update
 
-        def killed(self, batch, progress):
+        def killed(self, batches, progress):
             if self.step == 7:
                 raise KeyboardInterrupt
-            return update(self, batch, progress)
+            return update(self, batches, progress)
 
         monkeypatch.setattr(Trainer, "update", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -408,6 +369,34 @@ class TestRefusals:
         with pytest.raises(UserError, match="is there already and is no pipeline"):
             train(latents, tmp_path)
 
+    def test_an_output_with_another_autoencoder(self, latents, autoencoder, tmp_path):
+        vae = AutoencoderKL.from_pretrained(autoencoder)
+        with torch.no_grad():
+            vae.decoder.conv_out.bias.add_(1e-3)
+        vae.save_pretrained(tmp_path / "pipe" / "vae")
+        (tmp_path / "pipe" / "model_index.json").write_text("{}")
+        with pytest.raises(UserError, match="pipe holds a pipeline with another autoencoder"):
+            train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1))
+
+    def test_a_run_with_another_autoencoder(self, latents, autoencoder, tmp_path):
+        run = {"run": tmp_path / "run", "console": QUIET}
+        train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), **run)
+        vae = AutoencoderKL.from_pretrained(autoencoder)
+        with torch.no_grad():
+            vae.decoder.conv_out.bias.add_(1e-3)
+        vae.save_pretrained(tmp_path / "other")
+        mean, names = torch.zeros((2, *SHAPE)), ["cat", "dog"]
+        others = write_latents(
+            tmp_path / "others", tmp_path / "other", mean, labels=[0, 1], names=names
+        )
+        sentence = "run holds a run with another autoencoder: choose another --run$"
+        with pytest.raises(UserError, match=sentence):
+            train(others, tmp_path / "pipe2", DenoiserConfig(**TINY, steps=2), **run)
+
+    def test_guidance_without_labels(self, point, tmp_path):
+        with pytest.raises(UserError, match="--guidance-scale takes labels"):
+            train(point, tmp_path / "pipe", DenoiserConfig(**TINY, guidance_scale=2.0))
+
     def test_a_run_of_another_denoiser(self, latents, tmp_path):
         train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), console=QUIET)
         other = DenoiserConfig(**{**TINY, "channels": (8, 8)}, steps=2)
@@ -436,6 +425,11 @@ class TestCommand:
             assert f"--{name.replace('_', '-')}" in result.output
         assert "128,256,256" in result.output
 
+    def test_every_option_is_in_the_documentation(self):
+        page = (PIPELINES.parent / "docs" / "denoiser.md").read_text()
+        named = set(re.findall(r"`--([a-z-]+)", page)) - {"autoencoder", "run", "help"}
+        assert named == {name.replace("_", "-") for name in DenoiserConfig.model_fields}
+
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
@@ -453,7 +447,9 @@ class TestCommand:
             assert len(result.stderr.splitlines()) == 1
 
     def test_options_reach_the_training(self, latents, tmp_path):
-        options = "--channels 8,16 --layers 1 --steps 2 --batch-size 2 --no-labels --run"
+        options = (
+            "--channels 8,16 --layers 1 --steps 2 --batch-size 2 --no-labels --sample-every 0 --run"
+        )
         arguments = [str(latents), str(tmp_path / "pipe"), *options.split(), str(tmp_path / "run")]
         assert CliRunner().invoke(app, arguments).exit_code == 0
         assert load(tmp_path / "pipe").denoiser.config.block_out_channels == [8, 16]
@@ -488,5 +484,5 @@ def both_processes_in_one(latents, config, folder):
     for step in range(config.steps):
         batches = [half[step] for half in halves]
         joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        trainer.update(joined, trainer.progress())
+        trainer.update([joined], trainer.progress())
     return trainer.denoiser.state_dict()

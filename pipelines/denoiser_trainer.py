@@ -1,0 +1,200 @@
+"""One update of a latent denoiser, its average, and the checkpoint from which both go on."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, broadcast
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from denoisers import DenoiserConfig, build_denoiser, require_fit
+from latent_ae.errors import UserError
+from latent_ae.latents import LatentDataset
+
+__all__ = ["Trainer", "learning_rate", "usual_shape"]
+
+# These decide what a checkpoint's tensors mean; everything else may change between two starts.
+FIXED = "denoiser channels layers attention width depth heads patch objective prediction labels"
+
+
+class Trainer:
+    """The denoiser, its optimizer and its average, restored from the checkpoint in `folder`."""
+
+    def __init__(self, config: DenoiserConfig, data: LatentDataset, folder: Path) -> None:
+        self.config, self.folder, self.file = config, folder, folder / "checkpoint.pt"
+        self.classes = data.manifest.num_classes if config.labels else 0
+        self.step, self.seconds = 0, 0.0
+        if config.guidance_scale > 1 and not self.classes:
+            raise UserError("--guidance-scale takes labels, and there are none to learn")
+        self.identity = self._identity(data)
+        require_fit(config, data.manifest.latent_shapes)
+        torch.manual_seed(config.seed)
+        self.shape = usual_shape(data)
+        self.denoiser = build_denoiser(config, self.shape, self.classes)
+        self.accelerator = _accelerator(config)
+        optimizer = torch.optim.AdamW(
+            self.denoiser.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        # From here on only the wrapped forward may be called, or gradients are not shared.
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.denoiser, optimizer)
+        self.ema = EMAModel(self.denoiser.parameters(), decay=config.ema, foreach=True)
+        if self.file.is_file():
+            self._restore()
+        self.started = time.monotonic() - self.seconds
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _identity(self, data: LatentDataset) -> dict[str, Any]:
+        """What a checkpoint must agree on."""
+        shapes = data.manifest.latent_shapes
+        return {name: getattr(self.config, name) for name in FIXED.split()} | {
+            "classes": self.classes,
+            "latents": shapes[0] if len(shapes) == 1 else shapes,
+            "autoencoder": data.manifest.autoencoder.weights_sha256,
+        }
+
+    def progress(self) -> float:
+        """The share of the training that is done, by steps or by the clock, the same everywhere."""
+        steps = self.step / self.config.steps
+        if self.config.seconds is None:
+            return steps
+        self.seconds = time.monotonic() - self.started
+        done = torch.tensor(self.seconds / self.config.seconds, device=self.accelerator.device)
+        broadcast(done)  # in place: all processes must stop together
+        return max(steps, done.item())
+
+    def update(self, batches: Sequence[dict[str, Tensor]], progress: float) -> dict[str, Tensor]:
+        """One step on `accumulation` batches; returns `loss` and `gradient_norm` on the device."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step, progress)
+        losses = []
+        for batch in batches[:-1]:
+            with self.accelerator.no_sync(self.wrapped):  # gradients travel with the last batch
+                losses.append(self._backward(batch))
+        losses.append(self._backward(batches[-1]))
+        norm = self.accelerator.clip_grad_norm_(
+            self.denoiser.parameters(), config.clip_norm or math.inf
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.denoiser.parameters())
+        self.step += 1
+        return {
+            "loss": torch.stack(losses).mean(),
+            "gradient_norm": torch.as_tensor(norm).detach(),
+        }
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Adds the gradients of a batch's weighted mean squared error, which it returns."""
+        device = self.accelerator.device
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        takes_labels = self.config.denoiser == "dit" or self.classes > 0
+        prediction = self.wrapped(
+            batch["noisy"],
+            timestep=batch["timestep"],
+            class_labels=batch["label"] if takes_labels else None,
+            return_dict=False,
+        )[0]
+        errors = (prediction.float() - batch["target"]).square().mean((1, 2, 3))
+        loss = (batch["weight"] * errors).mean()
+        self.accelerator.backward(loss)  # divides by the accumulation
+        return loss.detach()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The denoiser with its averaged weights, for drawing; its own come back bit by bit."""
+        parameters = list(self.denoiser.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.denoiser.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+            self.denoiser.train()
+
+    def save(self) -> None:
+        """Writes the checkpoint beside the last one, then takes its place."""
+        self.seconds = time.monotonic() - self.started
+        if self.accelerator.is_main_process:
+            scaler, aside = self.accelerator.scaler, self.file.with_suffix(".tmp")
+            state = {
+                "identity": self.identity,
+                "step": self.step,
+                "seconds": self.seconds,
+                "denoiser": self.denoiser.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            with aside.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self.file)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"the checkpoint {self.file} cannot be read: {error}") from error
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                option = name if name in FIXED.split() else None
+                before = f", or {option} {state['identity'].get(option)}" if option else ""
+                raise UserError(
+                    f"{self.folder} holds a run with another {name}: choose another --run{before}"
+                )
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def learning_rate(config: DenoiserConfig, step: int, progress: float) -> float:
+    """The rate of the update after `step` finished ones, at `progress` in [0, 1]."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    return config.learning_rate * warm * (1 + math.cos(math.pi * progress)) / 2
+
+
+def usual_shape(data: LatentDataset) -> tuple[int, int, int]:
+    """The shape (c, h, w) that most of the latents have."""
+    size = data.index.sizes[int(np.bincount(data.index.size).argmax())]
+    return (data.manifest.latent_shapes[0][0], *size)
+
+
+def _accelerator(config: DenoiserConfig) -> Accelerator:
+    precision = config.precision
+    mixed = {"fp32": "no"}.get(precision, precision)
+    # The config decides the number of batches a step, not the launcher's environment.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    state = AcceleratorState._shared_state
+    # A process that has trained something else before (as the quickstart has) would be bound to its
+    # precision for good; Accelerate has no public way to say that this training is over.
+    if state and state.get("_mixed_precision") != mixed:
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(
+            mixed_precision=mixed,
+            gradient_accumulation_steps=config.accumulation,
+            # The others wait while the main process draws and saves; half an hour is no hang.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except ValueError as error:  # such as fp16 without a GPU
+        raise UserError(f"precision {precision}: {error}") from error
