@@ -76,11 +76,9 @@ def push_to_hub(
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused it: {str(error).splitlines()[0]}; {hint}") from error
     except Exception as error:
-        # httpx' and requests' errors share no class with Python's.
-        if not isinstance(error, _UNREACHABLE) and type(error).__module__.split(".")[0] not in (
-            "httpx",
-            "requests",
-        ):
+        # Those of huggingface_hub's HTTP library, whichever it is, share no class with Python's.
+        foreign = type(error).__module__.startswith(("httpx", "requests"))
+        if not foreign and not isinstance(error, _UNREACHABLE):
             raise
         raise UserError(f"the hub cannot be reached ({type(error).__name__}); {hint}") from error
     shutil.rmtree(ready)
@@ -119,7 +117,7 @@ def prepare_upload(
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} cannot be a repository's name: {error}") from error
     if out.exists():
-        raise UserError(f"{out} exists already; remove it first")
+        raise UserError(f"{out} exists already: upload it, or remove it first")
     config, record = _read(folder)
     record = _without_paths(record)
     measured = _evaluation_of(folder, evaluation)

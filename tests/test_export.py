@@ -80,7 +80,7 @@ def test_files_and_record(exported):
     assert record["latents"]["images"] >= 8
     assert "_name_or_path" not in json.loads((exported / "config.json").read_text())
     card = (exported / "README.md").read_text()
-    for word in ("scaling_factor", "psnr", "licen", "AutoencoderKL"):
+    for word in ("scaling_factor", "PSNR", "licen", "AutoencoderKL"):
         assert word in card
 
 
