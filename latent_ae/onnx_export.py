@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,15 +136,16 @@ def _facts(frozen: FrozenAutoencoder) -> dict[str, Any]:
     return {**{name: known[name] for name in names}, **frozen.scaling.model_dump()}
 
 
-def _write_half(
-    frozen: FrozenAutoencoder, part: str, folder: Path, facts: dict[str, Any]
-) -> None:
+def _write_half(frozen: FrozenAutoencoder, part: str, folder: Path, facts: dict[str, Any]) -> None:
     """Traces one half and writes its `model.onnx` and `config.json`."""
     factor, channels = frozen.downsampling, frozen.channels
-    size = sum(p.numel() * p.element_size() for p in getattr(frozen.network, part).parameters())
+    weights = getattr(frozen.network, part, frozen.network).parameters()
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
     if size >= FILE_LIMIT:
         hint = ", or export it in fp16" if frozen.precision == "fp32" else ""
-        raise UserError(f"the {part} has {size / 1e9:.1f} GB of weights, an ONNX file holds 2{hint}")
+        raise UserError(
+            f"the {part} has {size / 1e9:.1f} GB of weights, an ONNX file holds 2{hint}"
+        )
     if part == "encoder":
         half, scale = _Encoder(frozen.network, frozen.has_posterior), factor
         shapes = {
@@ -165,7 +165,16 @@ def _write_half(
             "sample": ["batch", 3, f"latent_height * {factor}", f"latent_width * {factor}"],
         }
     example = torch.zeros(2, 3 if part == "encoder" else channels, 8 * scale, 12 * scale)
-    proto = _trace(half.eval(), example.to(PRECISIONS[frozen.precision]), scale, facts["opset"])
+    example = example.to(PRECISIONS[frozen.precision])
+    # torch's optimizer takes DC's 1e-15 for zero and drops it: its attention would divide 0 by 0.
+    optimize = frozen.class_name != "AutoencoderDC"
+    try:
+        proto = _trace(half.eval(), example, scale, facts["opset"], optimize)
+    except Exception as error:  # torch's exporter wraps whatever a network does
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"torch cannot write the {part} of {frozen.class_name} as ONNX: {reason}"
+        ) from error
     _name(proto, shapes, facts)
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(proto.SerializeToString(deterministic=True))
@@ -176,14 +185,15 @@ def _write_half(
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _trace(half: nn.Module, example: Tensor, multiple: int, opset: int) -> Any:
+def _trace(half: nn.Module, example: Tensor, multiple: int, opset: int, optimize: bool) -> Any:
     """The `onnx.ModelProto` of a half for any batch, height and width.
 
     Args:
         half: takes one tensor and gives one.
         example: of shape (B, C, H, W).
         multiple: of which H and W are multiples.
-        opset: ONNX' version.
+        opset: the version of ONNX' operators.
+        optimize: whether torch's exporter simplifies the graph.
     """
     dim = torch.export.Dim
     dynamic = {
@@ -194,7 +204,7 @@ def _trace(half: nn.Module, example: Tensor, multiple: int, opset: int) -> Any:
     with torch.no_grad():
         captured = torch.export.export(half, (example,), dynamic_shapes=(dynamic,))
         program: Any = torch.onnx.export(
-            captured, dynamo=True, opset_version=opset, verbose=False
+            captured, dynamo=True, opset_version=opset, verbose=False, optimize=optimize
         )
     return program.model_proto
 
