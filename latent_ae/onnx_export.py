@@ -20,7 +20,7 @@ from latent_ae.onnx_check import compare_with_torch
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
 
-OPSETS = range(18, 24)  # torch's exporter writes 18 and up; onnxruntime 1.23 was the first with 23
+OPSETS = range(18, 24)  # torch writes 18 and up; of later ones 23 is the last that was tried
 DEFAULT_OPSET = 18  # op for op the graph of 20; from 21 on GroupNorm is one node
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE_LIMIT = 2**31  # bytes that protobuf puts into one file
