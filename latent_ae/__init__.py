@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from latent_ae.export import export_run
     from latent_ae.hub import push_to_hub
     from latent_ae.latents import LatentDataset, LatentStream, decode, encode
+    from latent_ae.onnx_export import export_onnx
     from latent_ae.outputs import Code, Reconstruction
     from latent_ae.training import train
 
@@ -34,6 +35,7 @@ __all__ = [
     "decode",
     "encode",
     "evaluate",
+    "export_onnx",
     "export_run",
     "load_config",
     "load_network",
@@ -55,6 +57,7 @@ _HOME = {
     "decode": "latents",
     "encode": "latents",
     "evaluate": "evaluation",
+    "export_onnx": "onnx_export",
     "export_run": "export",
     "load_config": "config_file",
     "load_network": "autoencoder",

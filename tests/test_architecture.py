@@ -32,6 +32,8 @@ FLOORS = {
     "precision": 5,
     "training": 6,
     "evaluation": 6,
+    "onnx_check": 5,
+    "onnx_export": 6,
     "export": 6,
     "conversion": 6,
     "latents": 6,

@@ -9,7 +9,7 @@ import yaml
 from latent_ae import cli
 from latent_ae.config_file import dump_yaml
 
-VERBS = ("train", "export", "evaluate", "compare", "encode", "latents", "config")
+VERBS = ("train", "export", "onnx", "evaluate", "compare", "encode", "latents", "config")
 
 
 def run(capsys, monkeypatch, *arguments):
@@ -125,6 +125,7 @@ def test_config_prints_what_reads_back_and_what_it_means(capsys, monkeypatch, ti
         (["latents", "info", "none"], "none is no finished latents folder"),
         (["latents", "split", "none", "out", "--share", "a"], "is not NAME=NUMBER"),
         (["encode", ".", ".", "out", "--resize", "9"], "resize 9 is below resolution 256"),
+        (["onnx", "none", "out"], "none is no exported autoencoder"),
         (["config"], "give a YAML file"),
     ],
 )

@@ -30,7 +30,7 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.calls.append(self.path)
         if self.server.refusal and self.path.endswith(self.server.refusal):
-            return self.answer({"error": "no"}, 401)
+            return self.answer({"error": "no"}, 400)
         if self.path.endswith("/api/repos/create"):
             self.server.created = json.loads(body)
             return self.answer({"url": f"{self.server.address}/me/thing", "id": "1"})

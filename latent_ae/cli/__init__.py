@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import sys
 
-from latent_ae.cli import converting, encoding, hub, latents, measuring, training
+from latent_ae.cli import converting, encoding, hub, latents, measuring, onnx, training
 from latent_ae.cli.app import app
 from latent_ae.errors import UserError
 
-__all__ = ["app", "converting", "encoding", "hub", "latents", "main", "measuring", "training"]
+__all__ = [
+    "app",
+    "converting",
+    "encoding",
+    "hub",
+    "latents",
+    "main",
+    "measuring",
+    "onnx",
+    "training",
+]
 
 
 def main() -> None:
