@@ -14,6 +14,12 @@ from transformers import (
     T5Tokenizer,
 )
 
+from latent_ae.autoencoder import reconstruct
+from latent_ae.bottlenecks import split_moments
+from latent_ae.scaling import LatentScaling
+
+STATISTICS = ("scale", "shift_factor", "latents_mean", "folded")
+MEAN, STD = [0.7, -0.4, 0.2, 1.1], [0.5, 1.5, 0.8, 2.0]
 WIDTH = 16  # of every text encoder
 LENGTH = 16  # tokens
 
@@ -206,6 +212,46 @@ BUILDERS = {
     "FluxInpaintPipeline": flux,
     "DiTPipeline": dit,
 }
+
+
+@torch.no_grad()
+def told(vae, statistics):
+    """The autoencoder with such numbers in its config, and a posterior as narrow as its mean."""
+    channels = vae.config["latent_channels"]
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = -30
+    if statistics == "shift_factor":
+        vae.register_to_config(scaling_factor=0.6, shift_factor=1.3)
+    if statistics == "latents_mean":
+        repeat = channels // 4
+        vae.register_to_config(
+            scaling_factor=0.6, latents_mean=MEAN * repeat, latents_std=STD * repeat
+        )
+    return vae.eval()
+
+
+@torch.no_grad()
+def differences(kind, vae, image):
+    """How far a pipeline's use of the statistics is from `LatentScaling`'s.
+
+    Args:
+        kind: the pipeline's class.
+        vae: from `told`.
+        image: in [-1, 1], of shape (1, 3, 64, 64).
+
+    Returns:
+        The largest difference between the picture that comes out of its final latents and the
+        reconstruction, in [0, 1]; and between the latents that it encodes and those it ought to,
+        None where it encodes nothing.
+    """
+    mean, _ = split_moments(vae.encode(image).latent_dist.parameters)
+    latents = LatentScaling.of(vae).to_final(mean)
+    wanted = (reconstruct(vae, image) / 2 + 0.5).clamp(0, 1)
+    pipe = build(kind, vae)
+    encoded = idealise(pipe, latents)
+    decoded = run(pipe, image / 2 + 0.5, repainted=1)
+    encoding = (encoded[0] - latents).abs().max().item() if encoded else None
+    return (decoded - wanted).abs().max().item(), encoding
 
 
 def build(kind, vae):

@@ -12,19 +12,15 @@ from conftest import photograph_tensor, tiny_content
 from diffusers import AutoencoderKL
 
 from latent_ae import export_run, train
-from latent_ae.autoencoder import reconstruct
-from latent_ae.bottlenecks import split_moments
 from latent_ae.config_file import parse_config
 from latent_ae.export import IGNORED_BY
 from latent_ae.scaling import LatentScaling
 
-MEAN, STD = [0.7, -0.4, 0.2, 1.1], [0.5, 1.5, 0.8, 2.0]
 QUICK = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "DiTPipeline")
 KINDS = [
     pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
     for kind in stock_pipelines.BUILDERS
 ]
-STATISTICS = ("scale", "shift_factor", "latents_mean", "folded")
 
 
 @pytest.fixture(scope="module")
@@ -53,47 +49,16 @@ def autoencoder(folders, kind, statistics):
     channels = 16 if "StableDiffusion3" in kind or "Flux" in kind else 4
     name = "folded" if statistics == "folded" else "scale"
     vae = AutoencoderKL.from_pretrained(folders[channels, name]).eval()
-    with torch.no_grad():
-        vae.quant_conv.weight[channels:] = 0
-        vae.quant_conv.bias[channels:] = -30
-    if statistics == "shift_factor":
-        vae.register_to_config(scaling_factor=0.6, shift_factor=1.3)
-    if statistics == "latents_mean":
-        repeat = channels // 4
-        vae.register_to_config(
-            scaling_factor=0.6, latents_mean=MEAN * repeat, latents_std=STD * repeat
-        )
-    return vae
-
-
-@torch.no_grad()
-def final_latents(vae, image):
-    mean, _ = split_moments(vae.encode(2 * image - 1).latent_dist.parameters)
-    return LatentScaling.of(vae).to_final(mean)
-
-
-def differences(kind, vae):
-    """How far the pipeline's use of the statistics is from ours: decoding, encoding or None.
-
-    Each is the largest difference of a picture in [0, 1].
-    """
-    image = photograph_tensor("astronaut", 64) / 2 + 0.5
-    wanted = (reconstruct(vae, 2 * image - 1) / 2 + 0.5).clamp(0, 1)
-    latents = final_latents(vae, image)
-    pipe = stock_pipelines.build(kind, vae)
-    encoded = stock_pipelines.idealise(pipe, latents)
-    decoded = stock_pipelines.run(pipe, image, repainted=1)
-    encoding = (encoded[0] - latents).abs().max().item() if encoded else None
-    return (decoded - wanted).abs().max().item(), encoding
+    return stock_pipelines.told(vae, statistics)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reconstruction_comes_out_or_the_table_says_why_not(folders, kind):
-    for statistics in STATISTICS:
-        decoding, encoding = differences(kind, autoencoder(folders, kind, statistics))
+    for statistics in stock_pipelines.STATISTICS:
+        vae, image = autoencoder(folders, kind, statistics), photograph_tensor("astronaut", 64)
+        decoding, encoding = stock_pipelines.differences(kind, vae, image)
         way = IGNORED_BY.get(statistics, {}).get(kind, "")
-        print(f"{kind} {statistics}: {decoding:.2g} {encoding}")
         assert (decoding < 1e-4) == (way in ("", "uses it in decoding, not in encoding")), way
         if "Img2Img" in kind or "Inpaint" in kind:
             wanted = way in ("", "uses it in encoding, not in decoding")
