@@ -226,8 +226,7 @@ def test_the_example_of_the_docs_runs(written, exported, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opset", [18, 23])
-@pytest.mark.parametrize("options", [WITH_CONVS, WITHOUT_CONVS], ids=["convs", "no-convs"])
+@pytest.mark.parametrize(("options", "opset"), [(WITH_CONVS, 18), (WITHOUT_CONVS, 23)])
 def test_attention_in_the_middle(options, opset, tmp_path):
     folder = saved(tmp_path / "model", options)
     export_onnx(folder, tmp_path / "out", opset=opset)
@@ -240,14 +239,13 @@ def test_attention_in_the_middle(options, opset, tmp_path):
 @pytest.mark.slow
 def test_fp16_halves_the_file_and_is_near(tmp_path):
     folder = saved(tmp_path / "model", WITH_CONVS)
-    sizes = {}
-    for precision in ("fp32", "fp16"):
-        record = export_onnx(folder, tmp_path / precision, precision=precision)
-        sizes[precision] = record["files"]["decoder"]["bytes"]
-    assert sizes["fp16"] < 0.7 * sizes["fp32"]
+    network = AutoencoderKL.from_pretrained(folder)
+    record = export_onnx(folder, tmp_path / "fp16", precision="fp16")
+    weights = sum(4 * p.numel() for p in network.decoder.parameters())
+    assert record["files"]["decoder"]["bytes"] < 0.8 * weights
     images = pictures(2, 64, 48)
     with torch.no_grad():
-        wanted = AutoencoderKL.from_pretrained(folder).encode(images).latent_dist.parameters
+        wanted = network.encode(images).latent_dist.parameters
     encoder = session(tmp_path / "fp16", "encoder")
     (found,) = encoder.run(None, {"sample": images.numpy().astype(np.float16)})
     assert found.dtype == np.float16
@@ -278,6 +276,7 @@ def test_other_classes_give_latents_alone(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it took 206 to 277 seconds on a core that others used too
 def test_the_size_of_stable_diffusion(tmp_path):
     options = {
         "block_out_channels": (128, 256, 512, 512),
