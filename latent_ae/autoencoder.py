@@ -30,6 +30,7 @@ __all__ = [
     "only_variant",
     "reconstruct",
     "require_divisible",
+    "weight_files",
     "weights_sha256",
 ]
 
@@ -127,25 +128,35 @@ def full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of an autoencoder folder's weights, in order.
+
+    Raises:
+        UserError: the folder has none, or a damaged index.
+    """
+    plain, index = Path(folder) / WEIGHTS_FILE, Path(folder) / f"{WEIGHTS_FILE}.index.json"
+    if variant := only_variant(folder):
+        plain = plain.with_suffix(f".{variant}.safetensors")
+        index = index.with_suffix(f".{variant}.json")
+    if plain.is_file():
+        return [plain]
+    if not index.is_file():
+        raise UserError(f"{folder} has no {WEIGHTS_FILE}")
+    try:  # diffusers has split a large network
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [Path(folder) / name for name in sorted(names)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{index} is no index of diffusers") from error
+
+
 def weights_sha256(path: str | Path) -> str:
     """The sha256 (hex) of an autoencoder folder's weights: which autoencoder made these latents.
 
     Raises:
         UserError: the folder has no safetensors weights.
     """
-    plain, index = Path(path) / WEIGHTS_FILE, Path(path) / f"{WEIGHTS_FILE}.index.json"
-    if variant := only_variant(path):
-        plain = plain.with_suffix(f".{variant}.safetensors")
-        index = index.with_suffix(f".{variant}.json")
-    if plain.is_file():
-        files = [plain]
-    elif index.is_file():  # diffusers has split a large network
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        files = [Path(path) / name for name in sorted(names)]
-    else:
-        raise UserError(f"{path} has no {WEIGHTS_FILE}")
     digest = hashlib.sha256()
-    for file in files:
+    for file in weight_files(path):
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)

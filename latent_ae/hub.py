@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,16 +13,17 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from latent_ae.autoencoder import WEIGHTS_FILE, only_variant, weights_sha256
+from latent_ae.autoencoder import WEIGHTS_FILE, load_network, only_variant, weights_sha256
 from latent_ae.errors import UserError
 from latent_ae.evaluation import Evaluation
-from latent_ae.export.card import model_card
+from latent_ae.export.card import model_card, without_paths
 from latent_ae.export.weights import VARIANTS
+from latent_ae.folders import require_free, whole_folder
 
 __all__ = ["prepare_upload", "push_to_hub"]
 
 _STEM = WEIGHTS_FILE.removesuffix(".safetensors")
-_ABSOLUTE = re.compile(r"(?<![\w:/.])/(?:[^/\s,]+/)*")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _UNREACHABLE = (ConnectionError, TimeoutError, OfflineModeIsEnabled)
 
 
@@ -56,8 +56,10 @@ def push_to_hub(
     Raises:
         UserError: something does not fit, or the hub does not take it.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     ready = folder.with_name(f"{folder.name}-upload")
+    if (ready / "README.md").is_file() and (ready / "config.json").is_file():
+        shutil.rmtree(ready)  # an earlier attempt's
     prepare_upload(
         folder,
         ready,
@@ -70,6 +72,8 @@ def push_to_hub(
     api = HfApi(endpoint=endpoint, token=token)
     try:
         full = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = ready / "README.md"  # a bare name has got its owner only now
+        card.write_text(card.read_text().replace(f'("{repo_id}")', f'("{full}")'))
         commit = api.upload_folder(
             repo_id=full, folder_path=ready, commit_message="Upload an autoencoder of latent_ae"
         )
@@ -111,19 +115,22 @@ def prepare_upload(
     Raises:
         UserError: the folder is no autoencoder, the evaluation is of other weights, `out` exists.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder).resolve(), Path(out).absolute()
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} cannot be a repository's name: {error}") from error
-    if out.exists():
-        raise UserError(f"{out} exists already: upload it, or remove it first")
+    require_free(out)
     config, record = _read(folder)
-    record = _without_paths(record)
+    load_network(folder)  # whoever downloads it must be able to
+    license_id = license_name or str(record.get("license", "unknown"))
+    if not _LICENSE.fullmatch(license_id):
+        raise UserError(
+            f"license {license_id!r} is no identifier of the hub's, such as apache-2.0 or mit"
+        )
+    record = without_paths(record)
     measured = _evaluation_of(folder, evaluation)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
+    with whole_folder(out) as aside:
         for file in _files(folder):
             shutil.copyfile(file, aside / file.name)
         if record:
@@ -132,16 +139,13 @@ def prepare_upload(
         card = model_card(
             config,
             record,
-            license_name or record.get("license") or "unknown",
+            license_id,
             name=repo_id,
             variants=_variants(folder),
             evaluation=measured,
             pictures=shown,
         )
         (aside / "README.md").write_text(card, encoding="utf-8")
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
@@ -153,8 +157,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no exported autoencoder: {error}") from error
-    if config.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderKL")
+    if not isinstance(config, dict) or not isinstance(content, dict):
+        raise UserError(f"{folder} has a config.json or latent_ae.json that is no JSON object")
     return config, content
 
 
@@ -197,12 +201,3 @@ def _copy_pictures(
             shutil.copyfile(file, out / "pictures" / file.name)
         pairs.append((f"pictures/{before.name}", f"pictures/{after.name}"))
     return pairs
-
-
-def _without_paths(value: Any) -> Any:
-    """Of absolute paths only the last part: the rest tells where somebody works."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return _ABSOLUTE.sub("", value) if isinstance(value, str) else value

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_ae.errors import UserError
+from latent_ae.folders import require_free, whole_folder
 from latent_ae.frozen import PRECISIONS, FrozenAutoencoder
 from latent_ae.onnx_check import compare_with_torch
 
@@ -83,14 +82,12 @@ def export_onnx(
     if opset not in OPSETS:
         raise UserError(f"opset {opset} is not one of {OPSETS[0]} to {OPSETS[-1]}")
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; remove it or choose another folder")
+    require_free(out)
     reference = FrozenAutoencoder(model, device="cpu")
     _require_fp16_is_safe(reference, precision)
     frozen = reference if precision == "fp32" else FrozenAutoencoder(model, "cpu", precision)
     facts = {"opset": opset, "precision": precision, **_facts(frozen)}
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(out) as aside:
         for part in ("encoder", "decoder"):
             _write_half(frozen, part, aside / f"vae_{part}", facts)
         record = {
@@ -104,11 +101,6 @@ def export_onnx(
             },
         }
         (aside / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return record
 
 

@@ -56,7 +56,7 @@ def test_the_whole_way_from_the_command_line(capsys, monkeypatch, tiny, photos, 
 
     go("train", config, "training.steps=2", f"output={tmp_path / 'run'}")
     _, err = go("export", tmp_path / "run", tmp_path / "ae", "--images", 4, "--statistics", "shift")
-    assert "ignore shift_factor" in err.replace("\n", " ")
+    assert "note: shift_factor: StableDiffusionPipeline" in err.replace("\n", " ")
     folder = tmp_path / "measured"
     measure = [
         "resolution=64",

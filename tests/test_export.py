@@ -226,9 +226,9 @@ def test_variants_and_shards_load_in_stock_diffusers(run_folder, exported, tmp_p
     ("options", "message"),
     [
         ({"variants": ["fp8"]}, "variant 'fp8' is unknown; valid: fp16, bf16"),
-        ({"max_shard_size": "2 apples"}, "a shard's size is a number with KB, MB or GB"),
-        ({"max_shard_size": "0GB"}, "a shard's size is a number"),
-        ({"max_shard_size": ""}, "a shard's size is a number"),
+        ({"max_shard_size": "2 apples"}, "a shard's size is a whole number of KB"),
+        ({"max_shard_size": "0GB"}, "a shard's size is a whole"),
+        ({"max_shard_size": ""}, "a shard's size is a whole"),
     ],
 )
 def test_bad_variants_are_told_before_anything_is_read(tmp_path, options, message):

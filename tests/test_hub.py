@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from latent_ae import UserError, evaluate, push_to_hub
 from latent_ae.config import PROTOCOLS
+from latent_ae.export.card import without_paths
 from latent_ae.hub import prepare_upload
 
 
@@ -119,11 +120,9 @@ def test_a_refusal_or_no_hub_leaves_the_folder_ready(hub, exported, tmp_path):
     with pytest.raises(UserError, match=f"refused it.*later: hf upload me/thing {ready}"):
         push_to_hub(exported, "me/thing", token="hf_x", endpoint=hub.address)
     AutoencoderKL.from_pretrained(ready)
-    with pytest.raises(UserError, match="exists already"):
-        push_to_hub(exported, "me/thing", token="hf_x", endpoint=hub.address)
-    for file in ready.iterdir():
-        file.unlink()
-    ready.rmdir()
+    hub.refusal = None  # the same command again
+    push_to_hub(exported, "me/thing", token="hf_x", endpoint=hub.address)
+    assert not ready.exists()
 
 
 def test_offline_the_folder_is_made_all_the_same(exported):
@@ -146,10 +145,15 @@ def test_nothing_tells_where_somebody_works(exported, measured, photos, tmp_path
 
 def test_a_folder_that_was_not_trained_here_gets_a_card_of_what_is_known(exported, tmp_path):
     AutoencoderKL.from_pretrained(exported).save_pretrained(tmp_path / "foreign")
+    file = tmp_path / "foreign/config.json"
+    config = json.loads(file.read_text())
+    for key in ("scaling_factor", "force_upcast", "shift_factor"):  # as SD 1.x has it
+        del config[key]
+    file.write_text(json.dumps(config))
     ready = prepare_upload(tmp_path / "foreign", tmp_path / "ready", "thing", license_name="mit")
     card = (ready / "README.md").read_text()
     assert "Trained with latent_ae" not in card
-    assert "scaling_factor" in card
+    assert "| scaling_factor | 0.18215 |" in card
     assert sorted(file.name for file in ready.iterdir()) == [
         "README.md",
         "config.json",
@@ -162,9 +166,40 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(exported, measured, tmp_pa
         prepare_upload(exported, tmp_path / "out", "a/b/c")
     with pytest.raises(UserError, match="is no exported autoencoder"):
         prepare_upload(tmp_path, tmp_path / "out", "thing")
+    with pytest.raises(UserError, match="no identifier of the hub's"):
+        prepare_upload(exported, tmp_path / "out", "thing", license_name="not a: [licence")
     network = AutoencoderKL.from_pretrained(exported)
     network.decoder.conv_out.bias.data += 1
     network.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="of other weights"):
         prepare_upload(tmp_path / "other", tmp_path / "out", "thing", evaluation=measured)
+    (tmp_path / "other/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        prepare_upload(tmp_path / "other", tmp_path / "out", "thing")
+    (tmp_path / "other/config.json").write_text("[]")
+    with pytest.raises(UserError, match="no JSON object"):
+        prepare_upload(tmp_path / "other", tmp_path / "out", "thing")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_bare_name_gets_its_owner_in_the_card(hub, exported):
+    push_to_hub(exported, "thing", token="hf_x", endpoint=hub.address)
+    assert b'from_pretrained("me/thing")' in hub.files["README.md"]
+
+
+def test_paths_lose_all_but_their_last_part():
+    record = {
+        "config": {
+            "data": {"path": "/home/John Smith/photos", "source": "imagefolder"},
+            "network": {"path": "C:\\Users\\me\\ae"},
+            "output": "../me/run/",
+        },
+        "metric_protocol": "the first 4 pictures of /home/John Smith/photos, shorter side to 64",
+    }
+    found = without_paths(record)
+    assert found["config"]["data"]["path"] == "photos"
+    assert found["config"]["network"]["path"] == "ae"
+    assert found["config"]["output"] == "run"
+    assert found["metric_protocol"] == "the first 4 pictures of photos, shorter side to 64"
+    hub = {"config": {"data": {"path": "me/pictures", "source": "hub"}}}
+    assert without_paths(hub)["config"]["data"]["path"] == "me/pictures"

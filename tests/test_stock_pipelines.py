@@ -4,6 +4,8 @@ Each pipeline runs with an ideal scheduler, whose every step says at once what t
 are. What then comes out is the autoencoder's own reconstruction, or the pipeline scales wrongly.
 """
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import stock_pipelines
@@ -103,3 +105,12 @@ def test_auto_pipelines_find_their_classes_with_it(folders, kind, tmp_path):
         assert type(pipe) is type(wanted)
         found = stock_pipelines.run(pipe, image)
         torch.testing.assert_close(found, stock_pipelines.run(wanted, image))
+
+
+@pytest.mark.parametrize("kind", IGNORED_BY["force_upcast"])
+def test_pipelines_said_to_ignore_force_upcast_do(kind):
+    """Read as text: on a CPU no fp16 pipeline overflows."""
+    files = (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")
+    (source,) = [text for text in map(Path.read_text, files) if f"class {kind}(" in text]
+    assert "vae.decode" in source
+    assert "force_upcast" not in source

@@ -93,6 +93,10 @@ def convert(
     )
     console = stderr()
     for note in made.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     kinds = ", ".join(f"{count} {name}" for name, count in made.dtypes.items())
-    console.print(f"{made.target} is ready: {kinds} tensors, compared bit by bit", markup=False)
+    console.print(
+        f"{made.target} is ready: {kinds} tensors, compared bit by bit",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -56,7 +56,7 @@ def push(
             license_name=license,
             pictures=pictures,
         )
-        stderr().print(f"{to} is ready: hf upload {repository} {to}", markup=False)
+        stderr().print(f"{to} is ready: hf upload {repository} {to}", markup=False, soft_wrap=True)
         return
     address = push_to_hub(
         model,

@@ -40,8 +40,10 @@ def onnx(
     record = export_onnx(model, out, opset=opset, precision=precision)
     console = stderr()
     for size in record["comparison"]["sizes"]:
-        console.print(_in_words(size), highlight=False)
-    console.print(f"{out} is ready: opset {opset}, {precision}", markup=False, highlight=False)
+        console.print(_in_words(size), highlight=False, soft_wrap=True)
+    console.print(
+        f"{out} is ready: opset {opset}, {precision}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _in_words(size: dict[str, Any]) -> str:

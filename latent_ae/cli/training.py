@@ -105,8 +105,10 @@ def export(
     )
     console = stderr()
     for caveat in caveats(json.loads((out / "config.json").read_text())):
-        console.print(f"note: {caveat}", markup=False, highlight=False)
-    console.print(f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})", markup=False)
+        console.print(f"note: {caveat}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})", markup=False, soft_wrap=True
+    )
 
 
 @app.command()

@@ -174,7 +174,10 @@ def _skeleton(config: dict[str, Any], where: str) -> AutoencoderKL:
         with torch.device("meta"):
             return AutoencoderKL.from_config(known)  # pyright: ignore[reportReturnType]
     except Exception as error:  # whatever diffusers and torch make of wrong values
-        raise UserError(f"{where}: diffusers builds no AutoencoderKL of it: {error}") from error
+        hint = "" if "norm_num_groups" in known else "; name norm_num_groups by --config"
+        raise UserError(
+            f"{where}: diffusers builds no AutoencoderKL of it: {error}{hint}"
+        ) from error
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

@@ -143,10 +143,10 @@ def _to_file(source: Path, target: Path, prefix: str, dtype: str | None) -> Conv
         weights.write_bytes(serialized(tensors, {"format": "pt", RECORD: json.dumps(record)}))
         _require_same_bits(stored, _as_diffusers(WeightFile(weights), names, wanted))
         if not obstacles:
-            text = dump_ldm_config(config, target.name)
-            (aside / described.name).write_text(text)
-            (aside / described.name).rename(described)
+            (aside / described.name).write_text(dump_ldm_config(config, target.name))
         weights.rename(target)
+        if not obstacles:
+            (aside / described.name).rename(described)
     notes = [f"no YAML for LDM: its class cannot have {'; '.join(obstacles)}"] if obstacles else []
     notes = notes or [f"LDM's config is {described.name}"]
     notes += tool_notes(config) if not prefix else []

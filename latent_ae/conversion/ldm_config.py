@@ -104,13 +104,13 @@ def parse_ldm_config(path: Path) -> dict[str, Any]:
             "mid_block_add_attention": ddconfig.get("attn_type") != "none",
             **block_types(side in ddconfig["attn_resolutions"] for side in sides),
         }
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no config of an LDM first stage: {error!r}") from error
     odd = [key for key in ("use_linear_attn", "tanh_out", "give_pre_end") if ddconfig.get(key)]
     if odd or ddconfig.get("attn_type") == "linear":
         names = ", ".join(odd or ["attn_type: linear"])
         raise UserError(f"{path} asks for {names}, which diffusers' AutoencoderKL does not have")
-    return config if scale is None else config | {"scaling_factor": float(scale)}
+    return config if scale is None else config | {"scaling_factor": scale}
 
 
 def _read(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,10 @@ class Hints:
         """The config's keys of family and factors, the more exact word last.
 
         Raises:
-            UserError: there is no such family, or a factor is no positive number.
+            UserError: there is no such family.
         """
         if self.family is not None and self.family not in FAMILIES:
             raise UserError(f"family {self.family!r} is unknown; valid: {', '.join(FAMILIES)}")
-        if self.scaling_factor is not None and not 0 < self.scaling_factor < float("inf"):
-            raise UserError(f"scaling_factor {self.scaling_factor} is no positive number")
         said = {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
         said = {key: value for key, value in said.items() if value is not None}
         return FAMILIES.get(self.family or "", {}) | said
@@ -75,7 +74,7 @@ def resolve_config(
         where: the file, for sentences.
 
     Raises:
-        UserError: nobody says the scale, or a family with other latents was named.
+        UserError: nobody says the scale, it is no number, or a family with other latents was named.
     """
     base, notes = dict(recorded or {}), []
     if hints.config is not None:
@@ -95,12 +94,22 @@ def resolve_config(
     if said:
         notes.append("as you say: " + ", ".join(f"{key} {value}" for key, value in said.items()))
     if recorded is not None:  # as it was, keys that it leaves to diffusers' defaults too
-        return base | said, notes
+        return _numbers(base | said, where), notes
     if "scaling_factor" not in base | said:
         raise UserError(f"{where} does not say its scaling_factor, and {_advice(shapes)}")
     if "norm_num_groups" not in base:
         notes.append("norm_num_groups 32, as LDM always has; no tensor says it")
-    return shapes | base | said, notes
+    return _numbers(shapes | base | said, where), notes
+
+
+def _numbers(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config, if its factors are numbers to reckon with."""
+    factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise UserError(f"{where}: scaling_factor {factor} is no positive number")
+    if shift is not None and not (isinstance(shift, int | float) and math.isfinite(shift)):
+        raise UserError(f"{where}: shift_factor {shift} is no number")
+    return config
 
 
 def _read_config(path: Path) -> dict[str, Any]:

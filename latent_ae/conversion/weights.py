@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from latent_ae.autoencoder import WEIGHTS_FILE
+from latent_ae.autoencoder import weight_files
 from latent_ae.errors import UserError
 
 __all__ = ["PICKLED", "WeightFile", "folder_weights", "same_bits", "serialized"]
@@ -85,7 +85,11 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     tensors = content if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value
+        for name, value in tensors.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         found = f"; it has {', '.join(map(str, content))}" if isinstance(content, dict) else ""
         raise UserError(f"{path} holds no tensors, at its top or under `state_dict`{found}")
@@ -106,22 +110,16 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there are none, or a file of theirs is missing or damaged.
     """
-    index = folder / f"{WEIGHTS_FILE}.index.json"
     pickled = folder / "diffusion_pytorch_model.bin"
-    if (folder / WEIGHTS_FILE).is_file():
-        names = [WEIGHTS_FILE]
-    elif index.is_file():  # diffusers has split a large network
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is no index of diffusers") from error
-    elif pickled.is_file():
-        names = [pickled.name]
-    else:
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}")
+    try:
+        files = weight_files(folder)
+    except UserError:
+        if not pickled.is_file():
+            raise
+        files = [pickled]
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        file = WeightFile(folder / name)
+    for path in files:
+        file = WeightFile(path)
         tensors |= file.read(file.shapes)
     return tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from latent_ae.config import Config
 from latent_ae.export.stock import caveats
 
-__all__ = ["model_card", "protocol_of"]
+__all__ = ["model_card", "protocol_of", "without_paths"]
 
 _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (AlexNet)"}
 _HERE = "path/to/this/folder"
@@ -49,6 +50,9 @@ def model_card(
         evaluation: the content of an evaluation.json of the same weights.
         pictures: paths of inputs and reconstructions, relative to the card.
     """
+    # What diffusers takes for keys that older configs lack.
+    config = {"scaling_factor": 0.18215, "force_upcast": True, **config}
+    record = without_paths(record)
     parts = [
         _front(license_name, name, evaluation),
         _title(config, record),
@@ -110,6 +114,8 @@ pipeline's denoiser was trained on this autoencoder's latents."""
     if variants:
         told = " or ".join(f'`variant="{variant}"`' for variant in variants)
         text += f"\nWeights of 16 bits: {told}, with the `torch_dtype` of that name."
+        if config["force_upcast"] and "fp16" in variants:
+            text += " In fp16 it overflows: only where a pipeline reads `force_upcast`."
     if notes := caveats(config):
         text += "\n\n" + "\n".join(f"- {note}." for note in notes)
     return text
@@ -125,15 +131,23 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             "data": f"{data['path']} ({data['source']}), {data['resolution']}² crops",
             "training": f"{record['trained']['steps']} steps, {record['trained']['images']} images",
             "objective": _objective_in_words(trained),
-            "scaling_factor": f"{scale}, measured on {latents['images']} crops",
+            "scaling_factor": f"{scale}, {_measured(record)} on {latents['images']} crops",
             "KL": f"{latents['kl_nats_per_image']:.0f} nats an image",
-            "force_upcast": f"{rows['force_upcast']}: {record['precision']['reason']}",
+            "force_upcast": rows["force_upcast"],
         }
+        if precision := record.get("precision"):
+            rows["force_upcast"] += f": {precision['reason']}"
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if value := config.get(key):
             numbers = value if isinstance(value, list) else [value]
             rows[key] = ", ".join(f"{number:.4f}" for number in numbers)
     return "\n".join(["| | |", "|-|-|", *(f"| {key} | {told} |" for key, told in rows.items())])
+
+
+def _measured(record: Mapping[str, Any]) -> str:
+    if record.get("statistics") == "folded":
+        return "as the weights hold each channel's mean and deviation, measured"
+    return "measured"
 
 
 def _metrics(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
@@ -198,6 +212,31 @@ def _objective_in_words(config: Mapping[str, Any]) -> str:
     return text
 
 
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A latent_ae.json with the last part of each path alone: the rest tells where somebody works.
+
+    Names of data sets on the hub stay whole.
+    """
+    config = record.get("config") or {}
+    hub = (config.get("data") or {}).get("source") == "hub"
+    shortened: dict[str, str] = {}
+
+    def cleaned(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: cleaned(item, name) for name, item in value.items()}
+        if isinstance(value, list):
+            return [cleaned(item, key) for item in value]
+        if not isinstance(value, str) or not re.search(r"[/\\]", value) or (hub and key == "path"):
+            return value
+        shortened[value] = _last(value)
+        return shortened[value]
+
+    result = {**record, "config": cleaned(config)} if config else dict(record)
+    protocol = record.get("metric_protocol")
+    for long in sorted(shortened, key=len, reverse=True):
+        protocol = protocol and protocol.replace(long, shortened[long])
+    return {**result, "metric_protocol": protocol} if protocol else result
+
+
 def _last(path: str) -> str:
-    """A name that tells nothing of the machine it comes from."""
-    return path.rstrip("/").rsplit("/", 1)[-1]
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

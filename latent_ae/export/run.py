@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from latent_ae.export.statistics import (
     silence_posterior,
 )
 from latent_ae.export.weights import parse_options, save_weights
+from latent_ae.folders import require_free, whole_folder
 from latent_ae.precision import measure_precision
 from latent_ae.run_folder import RunFolder
 from latent_ae.scaling import LatentStatistics
@@ -77,8 +77,7 @@ def export_run(
         raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
     parse_options(variants, max_shard_size)
     folder, out = RunFolder(run), Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; remove it or choose another folder")
+    require_free(out)
     network, progress = folder.trained_network(checkpoint)
     config = folder.config()
     network = network.to(default_device()).eval()  # pyright: ignore
@@ -86,19 +85,25 @@ def export_run(
         silence_posterior(network)
     crops = measuring_data(config, data)
     measured, sample = measure_latents(network, crops, images)
+    folded = None
     if statistics == "folded":
-        fold_statistics(network, measured.channel_mean, measured.channel_std)
+        folded = {"mean": measured.channel_mean, "std": measured.channel_std}
+        fold_statistics(network, **folded)
         measured, sample = measure_latents(network, crops, images)
     network.register_to_config(**scaling_of(measured, statistics).to_config())
     evidence = measure_precision(network, sample[:PRECISION_IMAGES])
     network.register_to_config(force_upcast=evidence.force_upcast)
     if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
         network.register_to_config(sample_size=max(256, config.data.resolution))
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(out) as aside:
         save_weights(network, aside, sample, variants, max_shard_size)
         record = _record(config, folder, progress, measured, aside)
-        record |= {"precision": evidence.to_json(), "license": license_name}
+        record |= {
+            "statistics": statistics,
+            "folded": folded,
+            "precision": evidence.to_json(),
+            "license": license_name,
+        }
         judge = folder.checkpoint(progress["step"]) / "discriminator.safetensors"
         if judge.is_file():
             shutil.copyfile(judge, aside / judge.name)
@@ -106,11 +111,6 @@ def export_run(
         settings = json.loads((aside / "config.json").read_text())
         card = model_card(settings, record, license_name, variants=variants)
         (aside / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 

@@ -11,7 +11,8 @@ _IGNORES = "ignores it"
 _ONLY_DECODES = "uses it in decoding, not in encoding"
 _ONLY_ENCODES = "uses it in encoding, not in decoding"
 
-# What diffusers 0.42's pipelines do; tests/test_stock_pipelines.py runs each of them and compares.
+# What diffusers 0.42's pipelines do; tests/test_stock_pipelines.py runs each of them and compares,
+# and reads in their sources whether they know `force_upcast`.
 IGNORED_BY: dict[str, dict[str, str]] = {
     "shift_factor": {
         **dict.fromkeys(
@@ -52,7 +53,11 @@ IGNORED_BY: dict[str, dict[str, str]] = {
             "StableDiffusionImg2ImgPipeline",
             "StableDiffusionInpaintPipeline",
             "StableDiffusion3Pipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
             "FluxPipeline",
+            "FluxImg2ImgPipeline",
+            "FluxInpaintPipeline",
             "DiTPipeline",
         ),
         _IGNORES,

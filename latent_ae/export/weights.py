@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub.serialization._base import parse_size_to_int
 from torch import Tensor, nn
 
 from latent_ae.autoencoder import reconstruct
@@ -28,12 +28,10 @@ def parse_options(variants: Sequence[str], max_shard_size: str) -> None:
             f"variant {min(unknown)!r} is unknown; valid: {', '.join(VARIANTS)} (fp32 is always "
             "there)"
         )
-    try:
-        fits = parse_size_to_int(max_shard_size) > 0
-    except (ValueError, IndexError):
-        fits = False
-    if not fits:
-        raise UserError(f"a shard's size is a number with KB, MB or GB, not {max_shard_size!r}")
+    if not re.fullmatch(r"0*[1-9]\d*[KMGT]B", max_shard_size, re.IGNORECASE):
+        raise UserError(
+            f"a shard's size is a whole number of KB, MB or GB, such as 2GB, not {max_shard_size!r}"
+        )
 
 
 def save_weights(
