@@ -27,6 +27,7 @@ __all__ = [
     "app",
     "is_main_process",
     "require_writable",
+    "say",
     "stderr",
 ]
 
@@ -80,6 +81,11 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def say(sentence: str) -> None:
+    """Prints to standard error as it is; a pipe gets one line for a sentence."""
+    stderr().print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def is_main_process() -> bool:

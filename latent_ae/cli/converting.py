@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from latent_ae.cli.app import app, stderr
+from latent_ae.cli.app import app, say
 
 __all__ = ["convert"]
 
@@ -91,12 +91,7 @@ def convert(
         shift_factor=shift_factor,
         config=config,
     )
-    console = stderr()
     for note in made.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(f"note: {note}")
     kinds = ", ".join(f"{count} {name}" for name, count in made.dtypes.items())
-    console.print(
-        f"{made.target} is ready: {kinds} tensors, compared bit by bit",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"{made.target} is ready: {kinds} tensors, compared bit by bit")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latent_ae.cli.app import Model, app, stderr
+from latent_ae.cli.app import Model, app, say
 
 __all__ = ["push"]
 
@@ -56,7 +56,7 @@ def push(
             license_name=license,
             pictures=pictures,
         )
-        stderr().print(f"{to} is ready: hf upload {repository} {to}", markup=False, soft_wrap=True)
+        say(f"{to} is ready: hf upload {repository} {to}")
         return
     address = push_to_hub(
         model,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from latent_ae.cli.app import Model, app, stderr
+from latent_ae.cli.app import Model, app, say
 
 __all__ = ["onnx"]
 
@@ -38,12 +38,9 @@ def onnx(
     from latent_ae.onnx_export import export_onnx
 
     record = export_onnx(model, out, opset=opset, precision=precision)
-    console = stderr()
     for size in record["comparison"]["sizes"]:
-        console.print(_in_words(size), highlight=False, soft_wrap=True)
-    console.print(
-        f"{out} is ready: opset {opset}, {precision}", markup=False, highlight=False, soft_wrap=True
-    )
+        say(_in_words(size))
+    say(f"{out} is ready: opset {opset}, {precision}")
 
 
 def _in_words(size: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latent_ae.cli.app import ConfigFile, Overrides, app, is_main_process, stderr
+from latent_ae.cli.app import ConfigFile, Overrides, app, is_main_process, say, stderr
 from latent_ae.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,12 +103,9 @@ def export(
         max_shard_size=max_shard_size,
         license_name=license,
     )
-    console = stderr()
     for caveat in caveats(json.loads((out / "config.json").read_text())):
-        console.print(f"note: {caveat}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})", markup=False, soft_wrap=True
-    )
+        say(f"note: {caveat}")
+    say(f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})")
 
 
 @app.command()
