@@ -63,7 +63,7 @@ def read_idx(path: Path) -> np.ndarray:
             f"{path} says that it holds {' × '.join(map(str, shape))} values but has "
             f"{len(values)}: fetch it again"
         )
-    return values.reshape(shape)
+    return values.reshape(shape).copy()  # `frombuffer` gives what nobody may write to
 
 
 def read_part(data: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
