@@ -64,11 +64,11 @@ def main(
     autoencoder_steps: Annotated[
         int | None, typer.Option(help="Updates of the autoencoder; the recipe's.", min=1)
     ] = None,
-    denoiser_steps: Annotated[int, typer.Option(help="Updates of the denoiser.", min=1)] = 4000,
+    denoiser_steps: Annotated[int, typer.Option(help="Updates of the denoiser.", min=1)] = 2500,
     classifier_epochs: Annotated[int, typer.Option(help="Of the judge.", min=1)] = 3,
     samples: Annotated[
         int, typer.Option(help="Drawn at each guidance; a multiple of ten.", min=40)
-    ] = 2000,
+    ] = 1000,
 ) -> None:
     """Raw files to guided samples of ten classes, and how good they are."""
     try:
