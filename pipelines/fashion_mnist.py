@@ -157,7 +157,7 @@ def train_autoencoder(output: Path, steps: int | None) -> None:
     export_run(output / "training", output / "autoencoder", license_name="MIT")
 
 
-def evaluate_test_pictures(output: Path) -> dict[str, Any]:
+def evaluate_test_pictures(output: Path) -> dict[str, float]:
     """Measures the exported folder on all test pictures."""
     from latent_ae import Evaluation, evaluate
     from latent_ae.config_file import load_protocol
@@ -172,11 +172,11 @@ def evaluate_test_pictures(output: Path) -> dict[str, Any]:
             load_protocol("photos256", [f"resolution={SIDE}"]),
             out=folder,
             quick=True,
-            references=("Lanczos",),
+            references=(),  # they count three colours, and these pictures are grey
             batch_size=50,
             console=console,
         )
-    return {"metrics": result.metrics, "lanczos": result.reference("Lanczos")}
+    return result.metrics
 
 
 def train_denoiser(output: Path, steps: int) -> None:
@@ -286,7 +286,7 @@ def save_sheets(
 
 def write_metrics(
     output: Path,
-    evaluation: dict[str, Any],
+    evaluation: dict[str, float],
     numbers: dict[str, Any],
     samples: int,
     denoiser_steps: int,
