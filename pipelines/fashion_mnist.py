@@ -7,7 +7,7 @@ Writes the 70,000 pictures as parquet with named classes, trains a small KL-VAE 
 measures it, encodes the training pictures, trains a denoiser on the latents, and draws from every
 class by stock diffusers at three strengths of guidance. Then it judges the drawings by a classifier
 taught on real pictures and by Fréchet distances (fashion_judge.py), and writes sheets and
-metrics.json. Half an hour on two CPU cores; docs/fashion-mnist.md shows what to expect, and the
+metrics.json. Half an hour on one or two CPU cores; docs/fashion-mnist.md shows what to expect, and the
 same steps by the command line. Stopped, the same command goes on.
 """
 
@@ -200,7 +200,9 @@ def draw(output: Path, guidance: float, samples: int) -> Tensor:
     Each guidance starts from the same noise, so that pictures in the same place can be compared.
     """
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
     file = output / f"samples-{guidance:g}.npz"
     if file.exists():
         with np.load(file) as content:
@@ -309,7 +311,7 @@ def write_metrics(
 def tell(output: Path, numbers: dict[str, Any], samples: int) -> None:
     """The table, and what to look at."""
     table = Table(title=f"{samples} pictures each", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for title in ("recognised", "Fréchet, AlexNet", "Fréchet, classifier", "nearest known"):
         table.add_column(title, justify="right")
     for name, row in numbers["sets"].items():
