@@ -61,7 +61,9 @@ PANELS = {
 class DenoiserConfig(BaseModel):
     """What to train, on what objective, for how long; each key is also an option of the script."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     denoiser: Literal["unet", "dit"] = "unet"
     """diffusers' `UNet2DModel` or `DiTTransformer2DModel`."""
