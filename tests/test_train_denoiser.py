@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from latents_folders import rows_of, state_of, tiny_autoencoder, write_latents
+from latents_folders import labelled_latents, rows_of, state_of, tiny_autoencoder, write_latents
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,8 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (4, 8, 8)
 UNET = {"denoiser": "unet", "channels": (8, 16), "layers": 1, "attention": 1}
 DIT = {"denoiser": "dit", "width": 16, "depth": 2, "heads": 2}
-TINY = {**UNET, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 2}
-TINY["sample_every"] = 0
+SHORT = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 2}
+SHORT["sample_every"] = 0
+TINY = {**UNET, **SHORT}
 QUIET = Console(quiet=True)
 
 
@@ -42,11 +43,9 @@ def autoencoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory, autoencoder):
-    """Ten latents of two classes, each with some variance; the last without a label."""
+    """They have some variance."""
     folder = tmp_path_factory.mktemp("latents") / "labelled"
-    mean = torch.randn((10, *SHAPE), generator=torch.Generator().manual_seed(0))
-    labels = [0, 1] * 4 + [1, None]
-    return write_latents(folder, autoencoder, mean, labels, logvar=-2.0, names=["cat", "dog"])
+    return labelled_latents(folder, autoencoder, SHAPE, ["cat", "dog"], logvar=-2.0)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +192,7 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("options", "shape", "message"),
         [
-            ({"channels": (8, 8, 8)}, (4, 6, 8), "latents of 6 × 8 cannot be halved 2 times"),
+            ({"channels": (8, 8, 8)}, (4, 6, 8), "halved 2 times: give at most 2 --channels"),
             ({**DIT, "heads": 3}, SHAPE, "heads 3 does not divide width 16"),
             (DIT, (4, 8, 6), "wants square latents"),
             ({**DIT, "patch": 3}, SHAPE, "that `patch` divides"),
@@ -223,7 +222,8 @@ class TestTrain:
         ids=["flow", "flow-weighted", "v", "v-min-snr", "epsilon", "unet"],
     )
     def test_samples_of_one_point_are_this_point(self, point, tmp_path, options, tolerance):
-        options = {"denoiser": "dit", "width": 32, "depth": 2, "heads": 2, "patch": 1, **options}
+        if "denoiser" not in options:
+            options = {"denoiser": "dit", "width": 32, "depth": 2, "heads": 2, "patch": 1} | options
         config = DenoiserConfig(
             **options,
             steps=80,
@@ -261,7 +261,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("options", [UNET, DIT], ids=["unet", "dit"])
     def test_labels_can_be_left_out(self, latents, tmp_path, options):
-        config = DenoiserConfig(**{**TINY, **options, "steps": 2, "labels": False})
+        config = DenoiserConfig(**SHORT, **options, steps=2, labels=False)
         pipe = load(train(latents, tmp_path / "pipe", config, console=QUIET))
         assert pipe.num_classes == 0
         assert len(pipe(num_inference_steps=2).images) == 1
@@ -279,7 +279,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("options", [UNET, DIT], ids=["unet", "dit"])
     def test_a_stopped_run_ends_as_one_never_stopped(self, latents, tmp_path, options, monkeypatch):
-        config = DenoiserConfig(**{**TINY, **options, "steps": 9, "checkpoint_every": 4})
+        config = DenoiserConfig(**SHORT, **options, steps=9, checkpoint_every=4)
         train(latents, tmp_path / "whole", config, console=QUIET)
 
         update = Trainer.update
@@ -376,9 +376,7 @@ class TestDivergence:
         trainer, batches = Trainer(config, data, tmp_path), Examples(data, config, 2)
         trainer.update([batches[0]], 0.0)
         tensors = [*trainer.denoiser.parameters(), *trainer.ema.shadow_params]
-        moments = [
-            value for state in trainer.optimizer.state.values() for value in state.values()
-        ]
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
         before = [tensor.clone() for tensor in [*tensors[: len(tensors) // 2], *moments]]
         bad = batches[1]
         bad["target"][0, 0, 0, 0] = math.nan
@@ -457,7 +455,7 @@ class TestRefusals:
 
     def test_guidance_without_labels(self, point, tmp_path):
         with pytest.raises(UserError, match="--guidance-scale takes labels"):
-            train(point, tmp_path / "pipe", DenoiserConfig(**TINY, guidance_scale=2.0))
+            train(point, tmp_path / "pipe", DenoiserConfig(guidance_scale=2.0))
 
     def test_a_run_of_another_denoiser(self, latents, tmp_path):
         train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), console=QUIET)
@@ -488,8 +486,8 @@ class TestRefusals:
         else:
             manifest["label_names"] = ["dog", "cat"]
         (others / "manifest.json").write_text(json.dumps(manifest))
+        config = DenoiserConfig(**TINY, steps=2)
         with pytest.raises(UserError, match=f"run holds a run with another {change}: choose"):
-            config = DenoiserConfig(**TINY, steps=2)
             train(others, tmp_path / "other", config, autoencoder=vae, **run)
         assert not (tmp_path / "other").exists()
 
@@ -501,16 +499,15 @@ class TestRefusals:
 
     def test_a_run_that_is_a_file(self, latents, tmp_path):
         (tmp_path / "run").write_text("mine")
+        config = DenoiserConfig(**TINY, steps=1)
         with pytest.raises(UserError, match=r"the run folder .*run cannot be made: File exists"):
-            config = DenoiserConfig(**TINY, steps=1)
             train(latents, tmp_path / "pipe", config, run=tmp_path / "run", console=QUIET)
         assert (tmp_path / "run").read_text() == "mine"
 
     def test_an_output_where_nothing_can_be_written(self, latents, tmp_path):
         (tmp_path / "file").write_text("mine")
+        config, output = DenoiserConfig(**TINY, steps=1), tmp_path / "file" / "pipe"
         with pytest.raises(UserError, match="file, in which nothing can be made"):
-            config = DenoiserConfig(**TINY, steps=1)
-            output = tmp_path / "file" / "pipe"
             train(latents, output, config, run=tmp_path / "run", console=QUIET)
         assert not (tmp_path / "run").exists()
 
@@ -569,7 +566,9 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.parametrize("options", [UNET, DIT], ids=["unet", "dit"])
     def test_two_processes(self, latents, tmp_path, options):
-        options = {**TINY, **options, "channels": "8,16", "steps": 6, "checkpoint_every": 4}
+        options = {**SHORT, **options, "steps": 6, "checkpoint_every": 4}
+        if "channels" in options:
+            options["channels"] = "8,16"
         arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
         # `accelerate launch --cpu` starts one process whatever it is told, unless by mpirun.
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
