@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-__all__ = ["error_map", "save_grid", "save_sheet"]
+__all__ = ["error_map", "save_grid", "save_sheet", "title_font"]
 
 _GAP = 6
 _PAPER = (255, 255, 255)
@@ -45,9 +46,14 @@ def save_grid(path: str | Path, images: Tensor, columns: int) -> Path:
     return _save(path, list(images), columns, [])
 
 
+def title_font(width: int) -> Any:
+    """The font of the titles above pictures of `width` pixels."""
+    return ImageFont.load_default(size=max(11, min(18, width // 11)))
+
+
 def _save(path: str | Path, pictures: list[Tensor], columns: int, titles: list[str]) -> Path:
     height, width = pictures[0].shape[-2:]
-    font = ImageFont.load_default(size=max(11, min(18, width // 11)))
+    font = title_font(width)
     head = round(font.getbbox("Ag")[3]) + 2 * _GAP if titles else _GAP
     rows = -(-len(pictures) // columns)
     size = (columns * (width + _GAP) + _GAP, head + rows * (height + _GAP))

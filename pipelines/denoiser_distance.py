@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
@@ -54,6 +55,8 @@ class Distance:
             raise UserError(f"{data.folder} holds one latent; a Fréchet distance takes two")
         self.config, self.pipeline, self.accelerator = config, pipeline, trainer.accelerator
         self.data = LatentDataset(data.folder, columns=("label",), seed=config.seed)
+        labels = self.data.index.table["label"].fill_null(-1).to_numpy()
+        self.labels = torch.from_numpy(labels.astype(np.int64))
         network = FEATURE_NETWORKS[config.distance_features](config.distance_weights)
         self.network = network.to(self.accelerator.device)
         self._require_large_enough()
@@ -87,6 +90,8 @@ class Distance:
             picture = torch.zeros(1, 3, height, width, dtype=torch.uint8)
             try:
                 self.network(picture.to(self.accelerator.device))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # a kernel is larger than what is left of the picture
                 name = self.config.distance_features
                 raise UserError(
@@ -118,7 +123,7 @@ class Distance:
         for some in self._by_size(numbers):
             shape = (channels, *self.data.size_of(self._position(some[0])))
             noise = torch.stack([noise_of(shape, seed, number, 0, _DISTANCE) for number in some])
-            labels = torch.tensor([self.data[self._position(number)]["label"] for number in some])
+            labels = self.labels[[self._position(number) for number in some]]
             yield draw(self.pipeline, self.config, noise, labels)
 
     def _by_size(self, numbers: list[int]) -> Iterable[list[int]]:

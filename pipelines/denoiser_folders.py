@@ -45,12 +45,24 @@ def check_autoencoder(folder: Path, manifest: LatentsManifest) -> Any:
 
 
 def check_output(output: Path, manifest: LatentsManifest) -> None:
-    """Raises `UserError` if what is there is not a pipeline on the latents' autoencoder."""
+    """Raises `UserError` unless it can be written, over a pipeline of the latents' autoencoder."""
+    folder = output.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{output} would lie in {folder}, in which nothing can be made")
     if not output.exists():
         return
     if not (output / "model_index.json").is_file():
         raise UserError(f"{output} is there already and is no pipeline: choose another output")
-    if weights_sha256(output / "vae") != manifest.autoencoder.weights_sha256:
+    try:
+        weights = weights_sha256(output / "vae")
+    except (OSError, ValueError, KeyError, UserError) as error:
+        raise UserError(
+            f"the weights of the autoencoder in {output / 'vae'} cannot be read, so it is unclear "
+            "whose pipeline that is: choose another output, or remove it"
+        ) from error
+    if weights != manifest.autoencoder.weights_sha256:
         raise UserError(
             f"{output} holds a pipeline with another autoencoder than the latents': choose another "
             "output, or remove it"

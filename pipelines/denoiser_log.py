@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,11 +55,9 @@ class Log:
 
     def _forget_what_comes_again(self) -> None:
         """Drops the rows that a killed run wrote after its last checkpoint."""
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        rows = [row for row in rows if row["step"] <= self.trainer.step]
+        rows = [row for row in _rows(self.file) if row["step"] <= self.trainer.step]
         self.done = {(row["step"], row.get("group", "train")) for row in rows}
-        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self.file, "".join(_line(row) for row in rows))
 
     def __enter__(self) -> Log:
         self.bar.start()
@@ -110,7 +109,7 @@ class Log:
         seconds = round(time.monotonic() - trainer.started, 3)
         with self.file.open("a") as file:
             head = {"step": trainer.step, "group": group, "seconds": seconds}
-            file.write(json.dumps(head | row) + "\n")
+            file.write(_line(head | row))
         self.done.add((trainer.step, group))
         for name, value in row.items():
             if isinstance(value, float):
@@ -133,3 +132,25 @@ class Log:
         passed = time.monotonic() - began
         self.since += passed
         self.trainer.started += passed
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a log, without lines that a kill or a full disk has damaged."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:  # of JSON or of UTF-8
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as JSON, which has no NaN and no infinity: they become null."""
+    kept = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(kept) + "\n"

@@ -11,7 +11,7 @@ from torch import Tensor
 from denoiser_examples import mix
 from denoisers import DenoiserConfig
 from latent_ae.data import to_uint8
-from latent_ae.pictures import save_grid, save_sheet
+from latent_ae.pictures import save_grid, save_sheet, title_font
 from latent_diffusion import LatentDiffusionPipeline
 
 __all__ = ["decode", "draw", "draw_sheet", "noise_of"]
@@ -104,7 +104,14 @@ def _titles(pipeline: LatentDiffusionPipeline, classes: list[int], width: int) -
     """The classes' first names, as much of each as fits above a picture of `width` pixels."""
     names = {int(index): name for index, name in (pipeline.config["id2label"] or {}).items()}
     first = [names.get(label, f"class {label}").split(",")[0] for label in classes]
-    most = int(width / (0.6 * max(11, min(18, width // 11))))  # `save_sheet`'s font
-    titles = [name if len(name) <= most else name[: most - 1] + "…" for name in first]
+    font = title_font(width)
+
+    def fitted(name: str) -> str:
+        if font.getlength(name) <= width:
+            return name
+        starts = (name[:end].rstrip() + "…" for end in range(len(name) - 1, 0, -1))
+        return next((start for start in starts if font.getlength(start) <= width), "…")
+
+    titles = [fitted(name) for name in first]
     # A column of its own for each, also where names are alike as far as they fit.
     return titles if len(set(titles)) == len(titles) else [str(label) for label in classes]

@@ -22,6 +22,8 @@ from torch import Tensor
 from denoisers import DenoiserConfig, build_denoiser, require_fit
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset
+from latent_ae.scaling import LatentScaling
+from latent_ae.training.guard import Guard, poison
 
 __all__ = ["Trainer", "learning_rate", "usual_shape"]
 
@@ -53,15 +55,22 @@ class Trainer:
         if self.file.is_file():
             self._restore()
         self.started = time.monotonic() - self.seconds
-        folder.mkdir(parents=True, exist_ok=True)
+        self.guard = Guard(self.accelerator.device)  # of losses; the optimizer skips by itself
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from error
 
     def _identity(self, data: LatentDataset) -> dict[str, Any]:
         """What a checkpoint must agree on."""
-        shapes = data.manifest.latent_shapes
+        shapes, autoencoder = data.manifest.latent_shapes, data.manifest.autoencoder
+        scale = {name: getattr(autoencoder, name) for name in LatentScaling.model_fields}
         return {name: getattr(self.config, name) for name in FIXED.split()} | {
             "classes": self.classes,
+            "label_names": list(data.manifest.label_names) if self.classes else [],
             "latents": shapes[0] if len(shapes) == 1 else shapes,
-            "autoencoder": data.manifest.autoencoder.weights_sha256,
+            "autoencoder": autoencoder.weights_sha256,
+            **scale,
         }
 
     def progress(self) -> float:
@@ -75,7 +84,10 @@ class Trainer:
         return max(steps, done.item())
 
     def update(self, batches: Sequence[dict[str, Tensor]], progress: float) -> dict[str, Tensor]:
-        """One step on `accumulation` batches; returns `loss` and `gradient_norm` on the device."""
+        """One step on `accumulation` batches; returns `loss` and `gradient_norm` on the device.
+
+        Gradients that are not finite move no weight; the host does not wait to learn of it.
+        """
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step, progress)
@@ -87,14 +99,16 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(
             self.denoiser.parameters(), config.clip_norm or math.inf
         )
+        norm, loss = torch.as_tensor(norm).detach(), torch.stack(losses).mean()
+        if self.accelerator.scaler is None:  # the scaler sets the same flag itself
+            skip = (~norm.isfinite()).float()
+            self.optimizer.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.denoiser.parameters())
+        self.ema.step(self.denoiser.parameters())  # of weights that did not move: still finite
+        self.guard.count(~loss.isfinite())
         self.step += 1
-        return {
-            "loss": torch.stack(losses).mean(),
-            "gradient_norm": torch.as_tensor(norm).detach(),
-        }
+        return {"loss": loss, "gradient_norm": norm}
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Adds the gradients of a batch's weighted mean squared error, which it returns."""
@@ -109,7 +123,7 @@ class Trainer:
         )[0]
         errors = (prediction.float() - batch["target"]).square().mean((1, 2, 3))
         loss = (batch["weight"] * errors).mean()
-        self.accelerator.backward(loss)  # divides by the accumulation
+        self.accelerator.backward(poison(loss))  # divides by the accumulation
         return loss.detach()
 
     @contextmanager
@@ -125,8 +139,31 @@ class Trainer:
             self.ema.restore(parameters)
             self.denoiser.train()
 
+    def require_sound(self) -> None:
+        """Raises `UserError` if the weights, or the losses of late, are not finite; a collective.
+
+        Weights that have gone astray by one huge step may be finite, with losses that never are.
+        """
+        weights = [*self.denoiser.parameters(), *self.ema.shadow_params]
+        broken = ~torch.stack([weight.detach().isfinite().all() for weight in weights]).all()
+        # One loss alone may be a bad latent's.
+        lost = torch.tensor(self.guard.look()[0] > 1, device=broken.device)
+        signs: Any = self.accelerator.reduce(torch.stack([broken, lost]).float())
+        if signs.any():
+            what = "weights" if signs[0] else "losses"
+            raise UserError(
+                f"the training has diverged: at step {self.step} its {what} are not finite, so the "
+                f"last checkpoint in {self.folder} and the pipeline stay as they were; start again "
+                "with a lower --learning-rate"
+            )
+
     def save(self) -> None:
-        """Writes the checkpoint beside the last one, then takes its place."""
+        """Writes the checkpoint beside the last one, then takes its place.
+
+        Raises:
+            UserError: there is nothing worth keeping; see `require_sound`.
+        """
+        self.require_sound()
         self.seconds = time.monotonic() - self.started
         if self.accelerator.is_main_process:
             scaler, aside = self.accelerator.scaler, self.file.with_suffix(".tmp")
@@ -149,22 +186,29 @@ class Trainer:
     def _restore(self) -> None:
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
+            known = state["identity"]
+            parts = [state[name] for name in ("denoiser", "optimizer", "ema", "scaler")]
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
         except Exception as error:
-            raise UserError(f"the checkpoint {self.file} cannot be read: {error}") from error
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"the checkpoint {self.file} cannot be read: {why}") from error
         for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
+            if known.get(name, value) != value:  # an older run's may say less
                 option = name if name in FIXED.split() else None
-                before = f", or {option} {state['identity'].get(option)}" if option else ""
+                before = f", or {option} {known.get(option)}" if option else ""
                 raise UserError(
                     f"{self.folder} holds a run with another {name}: choose another --run{before}"
                 )
-        self.denoiser.load_state_dict(state["denoiser"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
-        self.ema.to(self.accelerator.device)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        denoiser, optimizer, ema, scaler = parts
+        try:
+            self.denoiser.load_state_dict(denoiser)
+            self.optimizer.load_state_dict(optimizer)
+            self.ema.load_state_dict(ema)
+            self.ema.to(self.accelerator.device)
+            if self.accelerator.scaler and scaler:
+                self.accelerator.scaler.load_state_dict(scaler)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint {self.file} is of another network") from error
 
 
 def learning_rate(config: DenoiserConfig, step: int, progress: float) -> float:

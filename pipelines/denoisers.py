@@ -7,7 +7,7 @@ of classifier-free guidance is the last row of the label embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from diffusers import (
@@ -61,7 +61,9 @@ PANELS = {
 class DenoiserConfig(BaseModel):
     """What to train, on what objective, for how long; each key is also an option of the script."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     denoiser: Literal["unet", "dit"] = "unet"
     """diffusers' `UNet2DModel` or `DiTTransformer2DModel`."""
@@ -144,21 +146,52 @@ class DenoiserConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> DenoiserConfig:
-        """Refuses what would change nothing, and weights of the other objective."""
+        """Refuses what another option leaves without effect, and what cannot work together."""
         valid = {"flow": ("none", "cosmap", "sigma_sqrt"), "ddpm": ("none", "min_snr")}
         if self.weighting not in valid[self.objective]:
             raise ValueError(
                 f"weighting {self.weighting} is not for objective {self.objective}, which takes "
                 f"{', '.join(valid[self.objective])}"
             )
-        if self.objective == "ddpm" and self.shift != 1:
-            raise ValueError("shift is for objective flow; the noise levels of ddpm are its betas'")
         fields = type(self).model_fields
-        for name in ("logit_mean", "logit_std"):
-            asked = getattr(self, name) != fields[name].default
-            if asked and (self.objective, self.sigmas) != ("flow", "logit_normal"):
-                raise ValueError(f"{name} is for objective flow with sigmas logit_normal")
+        for names, choice, is_made in _ONLY_FOR:
+            for name in names.split():
+                if getattr(self, name) != fields[name].default and not is_made(self):
+                    raise ValueError(f"{name} is for {choice}; elsewhere it would change nothing")
+        levels = len(self.channels)
+        if self.attention > max(levels, fields["attention"].default):
+            raise ValueError(f"attention {self.attention} is more than the {levels} channels")
+        if self.guidance_scale > 1 and self.labels and not self.label_dropout:
+            raise ValueError(
+                "guidance_scale above 1 takes a label_dropout above 0, which trains the null class"
+            )
         return self
+
+
+# Options that only some choices use: their names, the choice in words, and whether it is made.
+_ONLY_FOR: list[tuple[str, str, Callable[[DenoiserConfig], bool]]] = [
+    ("channels layers attention", "denoiser unet", lambda config: config.denoiser == "unet"),
+    ("width depth heads patch", "denoiser dit", lambda config: config.denoiser == "dit"),
+    ("prediction", "objective ddpm", lambda config: config.objective == "ddpm"),
+    ("sigmas shift", "objective flow", lambda config: config.objective == "flow"),
+    (
+        "logit_mean logit_std",
+        "objective flow with sigmas logit_normal",
+        lambda config: (config.objective, config.sigmas) == ("flow", "logit_normal"),
+    ),
+    ("snr_gamma", "weighting min_snr", lambda config: config.weighting == "min_snr"),
+    ("label_dropout", "training with labels", lambda config: config.labels),
+    (
+        "sampling_steps guidance_scale sample_batch_size",
+        "sheets (sample_every) and distances (distance_every)",
+        lambda config: bool(config.sample_every or config.distance_every),
+    ),
+    (
+        "distance_samples distance_features distance_weights",
+        "distances (distance_every)",
+        lambda config: config.distance_every > 0,
+    ),
+]
 
 
 def require_fit(config: DenoiserConfig, shapes: Sequence[tuple[int, int, int]]) -> None:
@@ -172,7 +205,11 @@ def require_fit(config: DenoiserConfig, shapes: Sequence[tuple[int, int, int]]) 
                 f"a DiT wants square latents that `patch` divides, not {h} × {w}: try unet"
             )
         if config.denoiser == "unet" and (h % 2**halvings or w % 2**halvings):
-            raise UserError(f"latents of {h} × {w} cannot be halved {halvings} times: channels")
+            most = (math.gcd(h, w) & -math.gcd(h, w)).bit_length()  # its factors of 2, and one
+            raise UserError(
+                f"latents of {h} × {w} cannot be halved {halvings} times: give at most {most} "
+                "--channels"
+            )
 
 
 def build_denoiser(

@@ -26,11 +26,11 @@ Any diffusers scheduler that fits the denoiser's training can take the place of 
 
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 
-Where memory is short (each as everywhere in diffusers):
+Where memory is short (each as everywhere in diffusers; a `VQModel` can neither tile nor slice):
 
     pipe.enable_vae_tiling()         # large pictures
     pipe.enable_vae_slicing()        # large batches
-    pipe.enable_model_cpu_offload()  # only the network at work is on the GPU
+    pipe.enable_model_cpu_offload()  # on the GPU: the network at work, and a VAE that has encoded
 
 From parts, with any diffusers autoencoder, a VQ one too: its latents are those before the codebook,
 which `vae.decode` then applies.
@@ -47,9 +47,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "denoiser->vae"
     _callback_tensor_inputs = ("latents", "labels")
+    _guidance_scale, _num_timesteps, _interrupt = 1.0, 0, False  # before the first call
     # Read when the class is made: a later load may put another version at the same cached path.
     _source = Path(__file__).read_text(encoding="utf-8")
 
@@ -310,32 +312,36 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Refuses what does not go together; returns the strength, a default one if it is None."""
         _check(image is not None or mask_image is None, "mask_image needs the image it belongs to")
         _check(image is not None or strength is None, "strength needs an image to start from")
-        _check(0 <= (strength or 0) <= 1, f"strength must be in [0, 1], not {strength}")
+        default = 0.8 if image is not None and mask_image is None else 1.0
+        strength = default if strength is None else strength
+        _check(0 < strength <= 1, f"strength must be in (0, 1], not {strength}")
         f = self.vae_scale_factor
         for name, side in size.items():
             fits = side is None or (side > 0 and side % f == 0)
             _check(fits, f"{name} must be a multiple of {f}, the autoencoder's factor, not {side}")
-        default = 0.8 if image is not None and mask_image is None else 1.0
-        return default if strength is None else strength
+        return strength
 
-    def get_label_ids(self, class_labels: Labels) -> list[int]:
+    def get_label_ids(self, class_labels: Any) -> list[int]:
         """Class indices of names or indices, which must exist; the null class for None."""
         if class_labels is None:
             return [self.num_classes]
-        single = isinstance(class_labels, int | str)
-        labels, names = [class_labels] if single else list(class_labels), self.labels
-        for label in labels:
-            known = label in names if isinstance(label, str) else 0 <= label < self.num_classes
+        indices, names = [], self.labels
+        for label in [class_labels] if _is_one(class_labels) else class_labels:
+            index = -1
+            with suppress(TypeError):  # of floats, which are no class, were they whole
+                index = names.get(label, -1) if isinstance(label, str) else operator.index(label)
             some = f": {', '.join(list(names)[:10])} …" if names else ""
             taught = f"the denoiser was taught {self.num_classes} classes, counted from 0{some}"
-            _check(known, f"class_labels: there is no class {label!r}; {taught}")
-        return [names[label] if isinstance(label, str) else int(label) for label in labels]
+            _check(0 <= index < self.num_classes, f"there is no class {label!r}; {taught}")
+            indices.append(index)
+        return indices
 
     def _latent_shape(
         self, height: int | None, width: int | None, latents: Tensor | None, picture: Tensor | None
     ) -> tuple[int, int, int]:
         """(c, h, w) of the result's latents: as asked for, as given, or the denoiser's own."""
         config, f = self.denoiser.config, self.vae_scale_factor
+        _check(latents is None or isinstance(latents, Tensor), "latents must be a tensor")
         own: Any = config.sample_size if latents is None else tuple(latents.shape[-2:])
         if picture is not None:
             factor = 1 if self._is_latents(picture) else f
@@ -400,6 +406,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Pictures are resized to the height and width given, else down to multiples of the factor.
         """
         each = image if isinstance(image, list) else [image]
+        _check(len(each) > 0, "image is an empty list: pass a picture, or leave it out")
         sizes = {tuple(x.shape) for x in each if isinstance(x, Tensor | np.ndarray)}
         _check(len(sizes) <= 1, "image is a list of arrays of several shapes: make them one")
         picture = self.pixel_processor.preprocess(image, height, width)
@@ -419,6 +426,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Masks of shape (m, 1, H, W), True where a picture with latents (h, w) is repainted."""
         single, f = not isinstance(mask_image, list), self.vae_scale_factor
         masks: Any = [mask_image] if single else mask_image
+        _check(len(masks) > 0, "mask_image is an empty list: pass a mask, or leave it out")
         masks = [_as_floats(mask) for mask in masks]
         mask = self.mask_processor.preprocess(masks[0] if single else masks, h * f, w * f)
         _check(mask.shape[1] == 1, f"mask_image must have one channel, not {mask.shape[1]}")
@@ -477,8 +485,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         It is float32, as are the latents throughout: only the networks run in their own precision.
         """
-        canvas = self._canvas(shape)
-        given = shape if latents is None else tuple(latents.shape)
+        canvas, given = self._canvas(shape), shape if latents is None else tuple(latents.shape)
         _check(given == shape, f"latents must be of shape {shape}, not {given}")
         if latents is not None and canvas == shape:
             return latents.to(device, torch.float32)
@@ -606,7 +613,7 @@ def _check(holds: bool, message: str) -> None:
 
 def _batch_size(
     asked: int | None,
-    class_labels: Labels,
+    class_labels: Any,
     latents: Tensor | None,
     generator: object,
     picture: Tensor | None,
@@ -614,7 +621,7 @@ def _batch_size(
 ) -> int:
     """The number of images on which all arguments agree; one picture or mask serves any number."""
     lists: dict[str, Sized | None] = {
-        "class_labels": None if isinstance(class_labels, int | str) else class_labels,
+        "class_labels": None if _is_one(class_labels) else class_labels,
         "latents": latents,
         "generator": generator if isinstance(generator, list) else None,
         "image": None if picture is None or len(picture) == 1 else picture,
@@ -630,10 +637,13 @@ def _batch_size(
     return size
 
 
+def _is_one(class_labels: Any) -> bool:
+    return isinstance(class_labels, int | float | str) or getattr(class_labels, "ndim", 1) == 0
+
+
 def _as_floats(mask: Any) -> Any:
     """Masks of booleans or bytes as numbers, which `VaeImageProcessor` can resize."""
-    if isinstance(mask, np.ndarray):
-        return mask.astype(np.float32)
+    mask = mask.astype(np.float32) if isinstance(mask, np.ndarray) else mask
     return mask.float() if isinstance(mask, Tensor) else mask
 
 

@@ -63,7 +63,8 @@ def train(
         `output`.
 
     Raises:
-        UserError: the latents, the autoencoder, a folder or the config do not fit together.
+        UserError: the latents, the autoencoder, a folder or the config do not fit together, or the
+            training diverges.
     """
     config, output = config or DenoiserConfig(), Path(output)
     folder = Path(run) if run else output.with_name(output.name + "-run")
@@ -96,6 +97,7 @@ def train(
             if trainer.step % config.checkpoint_every == 0:
                 trainer.save()
         log.write()
+        trainer.require_sound()
         _look(trainer, pipeline, distance, log, last=True)
     trainer.save()
     if accelerator.is_main_process:

@@ -1,5 +1,6 @@
 """Latents folders of a denoiser's tests, written by hand."""
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -45,7 +46,8 @@ def write_latents(folder, autoencoder, mean, labels=None, logvar=-60.0, names=()
     index = pa.Table.from_pylist(rows, schema=pa.schema(INDEX_COLUMNS))
     pyarrow.parquet.write_table(index, folder / "index-000000.parquet")
     names_of_files = {"file": "shard-000000.safetensors", "index": "index-000000.parquet"}
-    shard = ShardRecord(**names_of_files, rows=len(rows), sha256="")
+    sha256 = hashlib.sha256((folder / names_of_files["file"]).read_bytes()).hexdigest()
+    shard = ShardRecord(**names_of_files, rows=len(rows), sha256=sha256)
     manifest = LatentsManifest(
         autoencoder=AutoencoderRecord(
             path=str(autoencoder),
@@ -63,6 +65,13 @@ def write_latents(folder, autoencoder, mean, labels=None, logvar=-60.0, names=()
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     return folder
+
+
+def labelled_latents(folder, autoencoder, shape, names, logvar=-60.0):
+    """Ten latents of two classes; the last without a label."""
+    mean = torch.randn((10, *shape), generator=torch.Generator().manual_seed(0))
+    labels = [0, 1] * 4 + [1, None]
+    return write_latents(folder, autoencoder, mean, labels, logvar=logvar, names=names)
 
 
 def rows_of(log):

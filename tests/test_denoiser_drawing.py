@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,24 +12,27 @@ import scipy.linalg
 import torch
 from conftest import NAMES, photograph
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from latents_folders import rows_of, state_of, tiny_autoencoder, write_latents
+from latents_folders import labelled_latents, rows_of, state_of, tiny_autoencoder, write_latents
 from PIL import Image
 from rich.console import Console
 
 import denoiser_distance
 from denoiser_examples import mix, order_of
+from denoiser_folders import build_pipeline
+from denoiser_samples import _titles
 from denoiser_trainer import Trainer
 from latent_ae.config import Preprocessing
 from latent_ae.errors import UserError
 from latent_ae.evaluation import FEATURE_NETWORKS
 from latent_ae.latents import LatentDataset, encode
+from latent_ae.pictures import title_font
 from latent_diffusion import LatentDiffusionPipeline
 from train_denoiser import DenoiserConfig, train
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Console(quiet=True)
-SHAPE = (4, 16, 16)
+SHAPE, NAMED = (4, 16, 16), ["cat, Felis catus", "dog"]
 TINY = {"channels": (8,), "layers": 1, "attention": 0, "batch_size": 4, "learning_rate": 1e-3}
 TINY |= {"warmup_steps": 2, "log_every": 2, "checkpoint_every": 4, "steps": 7, "ema": 0.8}
 DRAWN = {"sample_every": 3, "distance_every": 3, "distance_samples": 12, "sampling_steps": 2}
@@ -42,11 +46,9 @@ def autoencoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory, autoencoder):
-    """Ten latents without variance, of two classes; the last without a label."""
+    """They have no variance."""
     folder = tmp_path_factory.mktemp("latents") / "labelled"
-    mean = torch.randn((10, *SHAPE), generator=torch.Generator().manual_seed(0))
-    labels = [0, 1] * 4 + [1, None]
-    return write_latents(folder, autoencoder, mean, labels, names=["cat, Felis catus", "dog"])
+    return labelled_latents(folder, autoencoder, SHAPE, NAMED)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,18 @@ class TestSheets:
         with Image.open(sheet) as picture:
             assert picture.size == (8 * 134 + 6, 4 * 134 + 6)
 
+    def test_titles_fit_above_their_pictures(self):
+        def pipeline(*names):
+            return SimpleNamespace(config={"id2label": dict(enumerate(names))})
+
+        long = 2 * "a very long name that no column is as wide as "
+        for width in (128, 512):
+            (title, short) = _titles(pipeline(long, "dog, Canis"), [0, 1], width)
+            assert short == "dog"
+            assert title.endswith("…")
+            assert 0.7 * width < title_font(width).getlength(title) <= width
+        assert _titles(pipeline(long + " one", long + " two"), [0, 1], 128) == ["0", "1"]
+
 
 class TestDistance:
     def test_is_the_formula_of_the_features(self, latents, autoencoder, drawn):
@@ -225,9 +239,7 @@ class TestDistance:
         train(latents, tmp_path / "pipe", DenoiserConfig(**more), **run)
         assert len(decoded) == 10
         others = torch.ones((10, *SHAPE))
-        changed = write_latents(
-            tmp_path / "changed", autoencoder, others, [0] * 10, names=["cat", "dog"]
-        )
+        changed = write_latents(tmp_path / "changed", autoencoder, others, [0] * 10, names=NAMED)
         train(changed, tmp_path / "pipe", DenoiserConfig(**{**more, "steps": 3}), **run)
         assert len(decoded) == 20
 
@@ -253,6 +265,33 @@ class TestDistance:
             train(small, tmp_path / "pipe", config)
         with pytest.raises(UserError, match="holds one latent; a Fréchet distance takes two"):
             train(one, tmp_path / "other", config)
+
+    def test_memory_that_is_short_is_no_small_picture(self, latents, tmp_path, monkeypatch):
+        def starved(_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        config = DenoiserConfig(**TINY, **DRAWN)
+        network = FEATURE_NETWORKS["alexnet"](None)
+        monkeypatch.setattr(network, "forward", starved)
+        monkeypatch.setitem(FEATURE_NETWORKS, "alexnet", lambda _: network)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(latents, tmp_path / "pipe", config, console=QUIET)
+
+    def test_labels_are_read_without_their_latents(
+        self, latents, autoencoder, tmp_path, monkeypatch
+    ):
+        config, data = DenoiserConfig(**TINY, **DRAWN), LatentDataset(latents)
+        trainer, vae = Trainer(config, data, tmp_path), AutoencoderKL.from_pretrained(autoencoder)
+        pipeline = build_pipeline(trainer, data.manifest, vae)
+        distance = denoiser_distance.Distance(trainer, pipeline, data)
+        monkeypatch.setattr(LatentDataset, "__getitem__", None)
+        asked = []
+        monkeypatch.setattr(
+            denoiser_distance, "draw", lambda *arguments: asked.extend(arguments[3].tolist()) or []
+        )
+        list(distance._drawn(list(range(10))))
+        labels = [0, 1] * 4 + [1, -1]
+        assert asked == [labels[place] for place in order_of(10, 0, 0)]
 
     @pytest.mark.slow
     def test_two_processes_share_it(self, latents, tmp_path):

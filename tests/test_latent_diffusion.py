@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,7 @@ class TestCall:
                 "batch_size for 2, latents for 1",
             ),
             ({"latents": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 4, 8, 8\), not \(1, 3, 8, 8\)"),
+            ({"latents": np.zeros((1, 4, 8, 8))}, "latents must be a tensor"),
             ({"height": 17}, "height must be a multiple of 2, the autoencoder's factor, not 17"),
             ({"width": -4}, "width must be a multiple of 2, .* not -4"),
             ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks get only"),
@@ -264,10 +266,27 @@ class TestClasses:
             guided = conditional.predict(latents, t, labels)
         torch.testing.assert_close(guided, null + 2.5 * (class_wise - null), atol=1e-5, rtol=1e-4)
 
-    @pytest.mark.parametrize("label", [3, -1, "fish"])
+    def test_numbers_of_numpy_and_torch_are_labels(self, conditional):
+        for one in (np.int64(1), torch.tensor(1), np.array(1)):
+            assert conditional.get_label_ids(one) == [1]
+            assert len(sample(conditional, class_labels=one, batch_size=2)) == 2
+        for several in (np.array([0, 2]), torch.tensor([0, 2]), [np.int32(0), torch.tensor(2)]):
+            assert conditional.get_label_ids(several) == [0, 2]
+            assert len(sample(conditional, class_labels=several)) == 2
+
+    def test_guidance_before_the_first_call(self):
+        pipe = make_pipeline(make_unet(classes=3))
+        assert pipe.guidance_scale == 1.0
+        assert not pipe.do_classifier_free_guidance
+        assert pipe.num_timesteps == 0
+        assert not pipe.interrupt
+
+    @pytest.mark.parametrize(
+        "label", [3, -1, "fish", 1.0, np.float32(1), torch.tensor(1.0)], ids=str
+    )
     def test_unknown_class(self, conditional, label):
         message = f"no class {label!r}; the denoiser was taught 3 classes, counted from 0: cat, "
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=re.escape(message)):
             conditional(class_labels=label)
 
     def test_a_label_list_that_contradicts_the_batch(self, conditional):

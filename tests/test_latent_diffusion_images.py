@@ -521,9 +521,11 @@ class TestClassConditional:
     [
         ({"mask_image": box_mask()}, "mask_image needs the image it belongs to"),
         ({"strength": 0.5}, "strength needs an image to start from"),
-        ({"image": pixels(), "strength": 1.5}, r"strength must be in \[0, 1\], not 1.5"),
+        ({"image": pixels(), "strength": 1.5}, r"strength must be in \(0, 1\], not 1.5"),
         ({"image": pixels(), "strength": 0.1}, "strength 0.1 of 3 steps leaves none"),
-        ({"image": pixels(), "strength": 0.0}, "strength 0.0 of 3 steps leaves none"),
+        ({"image": pixels(), "strength": 0.0}, r"strength must be in \(0, 1\], not 0.0"),
+        ({"image": []}, "image is an empty list"),
+        ({"image": pixels(), "mask_image": []}, "mask_image is an empty list"),
         ({"image": pixels(), "height": 15}, "height must be a multiple of 2"),
         ({"image": pixels()[:, :2]}, "image has 2 channels, the autoencoder takes 3"),
         ({"image": 2 * pixels()}, r"floats in \[0, 1\]"),

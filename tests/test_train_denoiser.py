@@ -1,8 +1,10 @@
 """The denoiser's training: what it learns from, that it learns, resumes, and leaves a pipeline."""
 
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from latents_folders import rows_of, state_of, tiny_autoencoder, write_latents
+from latents_folders import labelled_latents, rows_of, state_of, tiny_autoencoder, write_latents
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -28,8 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (4, 8, 8)
 UNET = {"denoiser": "unet", "channels": (8, 16), "layers": 1, "attention": 1}
 DIT = {"denoiser": "dit", "width": 16, "depth": 2, "heads": 2}
-TINY = {**UNET, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 2}
-TINY["sample_every"] = 0
+SHORT = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "log_every": 2}
+SHORT["sample_every"] = 0
+TINY = {**UNET, **SHORT}
 QUIET = Console(quiet=True)
 
 
@@ -40,11 +43,9 @@ def autoencoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory, autoencoder):
-    """Ten latents of two classes, each with some variance; the last without a label."""
+    """They have some variance."""
     folder = tmp_path_factory.mktemp("latents") / "labelled"
-    mean = torch.randn((10, *SHAPE), generator=torch.Generator().manual_seed(0))
-    labels = [0, 1] * 4 + [1, None]
-    return write_latents(folder, autoencoder, mean, labels, logvar=-2.0, names=["cat", "dog"])
+    return labelled_latents(folder, autoencoder, SHAPE, ["cat", "dog"], logvar=-2.0)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("options", "shape", "message"),
         [
-            ({"channels": (8, 8, 8)}, (4, 6, 8), "latents of 6 × 8 cannot be halved 2 times"),
+            ({"channels": (8, 8, 8)}, (4, 6, 8), "halved 2 times: give at most 2 --channels"),
             ({**DIT, "heads": 3}, SHAPE, "heads 3 does not divide width 16"),
             (DIT, (4, 8, 6), "wants square latents"),
             ({**DIT, "patch": 3}, SHAPE, "that `patch` divides"),
@@ -221,7 +222,8 @@ class TestTrain:
         ids=["flow", "flow-weighted", "v", "v-min-snr", "epsilon", "unet"],
     )
     def test_samples_of_one_point_are_this_point(self, point, tmp_path, options, tolerance):
-        options = {"denoiser": "dit", "width": 32, "depth": 2, "heads": 2, "patch": 1, **options}
+        if "denoiser" not in options:
+            options = {"denoiser": "dit", "width": 32, "depth": 2, "heads": 2, "patch": 1} | options
         config = DenoiserConfig(
             **options,
             steps=80,
@@ -259,7 +261,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("options", [UNET, DIT], ids=["unet", "dit"])
     def test_labels_can_be_left_out(self, latents, tmp_path, options):
-        config = DenoiserConfig(**{**TINY, **options, "steps": 2, "labels": False})
+        config = DenoiserConfig(**SHORT, **options, steps=2, labels=False)
         pipe = load(train(latents, tmp_path / "pipe", config, console=QUIET))
         assert pipe.num_classes == 0
         assert len(pipe(num_inference_steps=2).images) == 1
@@ -277,7 +279,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("options", [UNET, DIT], ids=["unet", "dit"])
     def test_a_stopped_run_ends_as_one_never_stopped(self, latents, tmp_path, options, monkeypatch):
-        config = DenoiserConfig(**{**TINY, **options, "steps": 9, "checkpoint_every": 4})
+        config = DenoiserConfig(**SHORT, **options, steps=9, checkpoint_every=4)
         train(latents, tmp_path / "whole", config, console=QUIET)
 
         update = Trainer.update
@@ -342,6 +344,58 @@ class TestTrain:
         assert learning_rate(config, 100, 1.0) == pytest.approx(0.0)
 
 
+class TestDivergence:
+    def test_it_ends_in_a_sentence_and_keeps_what_was_there(self, latents, tmp_path):
+        run = {"run": tmp_path / "run", "console": QUIET}
+        train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=2), **run)
+        kept = [tmp_path / "run" / "checkpoint.pt", tmp_path / "pipe" / "model_index.json"]
+        kept += (tmp_path / "pipe" / "denoiser").iterdir()
+        before = [file.read_bytes() for file in kept]
+        config = DenoiserConfig(**{**TINY, "learning_rate": 1e30}, steps=8)
+        with pytest.raises(UserError, match=r"diverged: at step 8 its losses are not finite, so"):
+            train(latents, tmp_path / "pipe", config, **run)
+        assert [file.read_bytes() for file in kept] == before
+        text = (tmp_path / "run" / "log.jsonl").read_text()
+        assert "NaN" not in text
+        assert "Infinity" not in text
+        assert [row["loss"] for row in rows_of(tmp_path / "run" / "log.jsonl")][-1] is None
+
+    def test_weights_that_are_not_finite_are_not_saved(self, latents, tmp_path):
+        trainer = Trainer(DenoiserConfig(**TINY), LatentDataset(latents), tmp_path)
+        trainer.save()
+        before = trainer.file.read_bytes()
+        trainer.ema.shadow_params[-1].fill_(math.inf)
+        with pytest.raises(UserError, match="at step 0 its weights are not finite"):
+            trainer.save()
+        assert trainer.file.read_bytes() == before
+
+    @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+    def test_a_bad_batch_moves_nothing(self, latents, tmp_path, clip_norm):
+        config = DenoiserConfig(**TINY, clip_norm=clip_norm)
+        data = LatentDataset(latents)
+        trainer, batches = Trainer(config, data, tmp_path), Examples(data, config, 2)
+        trainer.update([batches[0]], 0.0)
+        tensors = [*trainer.denoiser.parameters(), *trainer.ema.shadow_params]
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        before = [tensor.clone() for tensor in [*tensors[: len(tensors) // 2], *moments]]
+        bad = batches[1]
+        bad["target"][0, 0, 0, 0] = math.nan
+        assert not trainer.update([bad], 0.1)["gradient_norm"].isfinite()
+        after = [*tensors[: len(tensors) // 2], *moments]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert trainer.update([batches[2]], 0.2)["gradient_norm"].isfinite()
+        assert not torch.equal(before[0], tensors[0])
+        trainer.save()  # one bad batch is no divergence
+
+    @pytest.mark.parametrize(
+        "option", ["--logit-mean=nan", "--learning-rate=inf", "--shift=inf", "--clip-norm=nan"]
+    )
+    def test_options_are_finite(self, option):
+        result = CliRunner().invoke(app, ["nowhere", "out", option])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {option.split('=')[0]}: ")
+
+
 class TestRefusals:
     def test_another_autoencoder(self, latents, autoencoder, tmp_path):
         vae = AutoencoderKL.from_pretrained(autoencoder)
@@ -378,6 +432,12 @@ class TestRefusals:
         with pytest.raises(UserError, match="pipe holds a pipeline with another autoencoder"):
             train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1))
 
+    def test_an_output_whose_autoencoder_is_gone(self, latents, tmp_path):
+        (tmp_path / "pipe").mkdir()
+        (tmp_path / "pipe" / "model_index.json").write_text("{}")
+        with pytest.raises(UserError, match=r"pipe/vae cannot be read.* choose another output, or"):
+            train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1))
+
     def test_a_run_with_another_autoencoder(self, latents, autoencoder, tmp_path):
         run = {"run": tmp_path / "run", "console": QUIET}
         train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), **run)
@@ -395,7 +455,7 @@ class TestRefusals:
 
     def test_guidance_without_labels(self, point, tmp_path):
         with pytest.raises(UserError, match="--guidance-scale takes labels"):
-            train(point, tmp_path / "pipe", DenoiserConfig(**TINY, guidance_scale=2.0))
+            train(point, tmp_path / "pipe", DenoiserConfig(guidance_scale=2.0))
 
     def test_a_run_of_another_denoiser(self, latents, tmp_path):
         train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), console=QUIET)
@@ -409,6 +469,54 @@ class TestRefusals:
         config = DenoiserConfig(**TINY, steps=2, labels=False)
         with pytest.raises(UserError, match="holds a run with another l"):
             train(wider, tmp_path / "pipe", config, console=QUIET)
+
+    @pytest.mark.parametrize("change", ["scaling_factor", "label_names"])
+    def test_a_run_on_latents_of_another_meaning(self, latents, tmp_path, change):
+        """The same weights at another scale, or the same classes in another order."""
+        run = {"run": tmp_path / "run", "console": QUIET}
+        train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), **run)
+        others, vae = tmp_path / "others", tmp_path / "vae"
+        shutil.copytree(latents, others)
+        manifest = json.loads((others / "manifest.json").read_text())
+        shutil.copytree(manifest["autoencoder"]["path"], vae)
+        if change == "scaling_factor":
+            manifest["autoencoder"]["scaling_factor"] = 5.0
+            config = json.loads((vae / "config.json").read_text()) | {"scaling_factor": 5.0}
+            (vae / "config.json").write_text(json.dumps(config))
+        else:
+            manifest["label_names"] = ["dog", "cat"]
+        (others / "manifest.json").write_text(json.dumps(manifest))
+        config = DenoiserConfig(**TINY, steps=2)
+        with pytest.raises(UserError, match=f"run holds a run with another {change}: choose"):
+            train(others, tmp_path / "other", config, autoencoder=vae, **run)
+        assert not (tmp_path / "other").exists()
+
+    def test_a_checkpoint_of_something_else(self, latents, tmp_path):
+        (tmp_path / "pipe-run").mkdir()
+        torch.save({"model": torch.zeros(1)}, tmp_path / "pipe-run" / "checkpoint.pt")
+        with pytest.raises(UserError, match="cannot be read: it has no 'identity'"):
+            train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=1), console=QUIET)
+
+    def test_a_run_that_is_a_file(self, latents, tmp_path):
+        (tmp_path / "run").write_text("mine")
+        config = DenoiserConfig(**TINY, steps=1)
+        with pytest.raises(UserError, match=r"the run folder .*run cannot be made: File exists"):
+            train(latents, tmp_path / "pipe", config, run=tmp_path / "run", console=QUIET)
+        assert (tmp_path / "run").read_text() == "mine"
+
+    def test_an_output_where_nothing_can_be_written(self, latents, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        config, output = DenoiserConfig(**TINY, steps=1), tmp_path / "file" / "pipe"
+        with pytest.raises(UserError, match="file, in which nothing can be made"):
+            train(latents, output, config, run=tmp_path / "run", console=QUIET)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_damaged_line_of_the_log_is_dropped(self, latents, tmp_path):
+        train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=2), console=QUIET)
+        log = tmp_path / "pipe-run" / "log.jsonl"
+        log.write_bytes(log.read_bytes() + b'{"step": 2, "lo}\n[1]\n\xff}\n{"group": "train"}\n')
+        train(latents, tmp_path / "pipe", DenoiserConfig(**TINY, steps=4), console=QUIET)
+        assert [row["step"] for row in rows_of(log)] == [2, 4]
 
     def test_a_damaged_checkpoint(self, latents, tmp_path):
         (tmp_path / "pipe-run").mkdir()
@@ -458,7 +566,9 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.parametrize("options", [UNET, DIT], ids=["unet", "dit"])
     def test_two_processes(self, latents, tmp_path, options):
-        options = {**TINY, **options, "channels": "8,16", "steps": 6, "checkpoint_every": 4}
+        options = {**SHORT, **options, "steps": 6, "checkpoint_every": 4}
+        if "channels" in options:
+            options["channels"] = "8,16"
         arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
         # `accelerate launch --cpu` starts one process whatever it is told, unless by mpirun.
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]

@@ -85,7 +85,7 @@ def _fetched_state() -> dict[str, Tensor]:
         raise UserError(
             f"the Inception of the Fréchet distance cannot be fetched from {URL_INCEPTION_V3} "
             f"({error}); where there is no network, give that file, or a safetensors "
-            "file of its tensors, by `--frechet-weights`"
+            "file of its tensors, by `--frechet-weights` (a denoiser's: `--distance-weights`)"
         ) from error
 
 
@@ -121,7 +121,7 @@ def _vgg16(weights: str | None = None) -> nn.Module:
         raise UserError(
             f"the VGG16 of the Fréchet distance cannot be fetched by torchvision "
             f"({error.__cause__}); where there is no network, give a safetensors file of "
-            "torchvision's weights by `--frechet-weights`"
+            "torchvision's weights by `--frechet-weights` (a denoiser's: `--distance-weights`)"
         ) from error
 
 
