@@ -123,7 +123,7 @@ def prepare_upload(
     require_free(out)
     config, record = _read(folder)
     load_network(folder)  # whoever downloads it must be able to
-    license_id = license_name or str(record.get("license", "unknown"))
+    license_id = (license_name or str(record.get("license", "unknown"))).lower()
     if not _LICENSE.fullmatch(license_id):
         raise UserError(
             f"license {license_id!r} is no identifier of the hub's, such as apache-2.0 or mit"
