@@ -349,6 +349,7 @@ def test_without_network_the_error_says_both_ways(name, file, monkeypatch, tmp_p
     message = str(raised.value)
     assert "cannot be fetched" in message
     assert "--frechet-weights" in message
+    assert "--distance-weights" in message
     assert file in message
     assert "no network" in message
     assert "\n" not in message
