@@ -13,11 +13,22 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from latent_ae.errors import UserError
 
-__all__ = ["CLASSES", "PARTS", "SIDE", "padded", "read_idx", "read_part", "write_parquet"]
+__all__ = [
+    "CLASSES",
+    "PARTS",
+    "SIDE",
+    "disjoint_halves",
+    "padded",
+    "read_idx",
+    "read_part",
+    "write_parquet",
+]
 
 CLASSES = (
     "T-shirt/top",
@@ -115,3 +126,21 @@ def _png(picture: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
+
+
+def disjoint_halves(labels: np.ndarray, samples: int) -> list[Tensor]:
+    """Rows of two sets of `samples` pictures that share none, sorted by class, as many of each.
+
+    Raises:
+        UserError: there are too few pictures, or `samples` is no multiple of the classes.
+    """
+    each, rest = divmod(samples, len(CLASSES))
+    found = [np.flatnonzero(labels == place) for place in range(len(CLASSES))]
+    if rest or min(map(len, found)) < 2 * each:
+        most = len(CLASSES) * (min(map(len, found)) // 2)
+        raise UserError(
+            f"--samples {samples}: take a multiple of {len(CLASSES)} up to {most}, half the test "
+            "pictures, as the other half is what they are compared with"
+        )
+    halves = (slice(0, each), slice(each, 2 * each))
+    return [torch.from_numpy(np.concatenate([rows[part] for rows in found])) for part in halves]

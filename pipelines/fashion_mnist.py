@@ -7,8 +7,9 @@ Writes the 70,000 pictures as parquet with named classes, trains a small KL-VAE 
 measures it, encodes the training pictures, trains a denoiser on the latents, and draws from every
 class by stock diffusers at three strengths of guidance. Then it judges the drawings by a classifier
 taught on real pictures and by Fréchet distances (fashion_judge.py), and writes sheets and
-metrics.json. Half an hour on one or two CPU cores; docs/fashion-mnist.md shows what to expect, and the
-same steps by the command line. Stopped, the same command goes on.
+metrics.json. Half an hour on one or two CPU cores; docs/fashion-mnist.md shows what to expect, and
+the same steps by the command line. Stopped, the same command goes on: stages that have left their
+result are kept, so other settings want another --output.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import typer
-from fashion_data import CLASSES, PARTS, SIDE, padded, read_part, write_parquet
+from fashion_data import CLASSES, PARTS, SIDE, disjoint_halves, padded, read_part, write_parquet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -108,7 +109,7 @@ def run(
         drawings = {scale: draw(output, scale, samples) for scale in GUIDANCE}
     with stage("judge"):
         numbers = judge(output, pictures, halves, drawings, classifier_epochs)
-    write_metrics(output, evaluation, numbers, samples, denoiser_steps)
+    write_metrics(output, evaluation, numbers, samples)
     tell(output, numbers, samples)
 
 
@@ -120,24 +121,6 @@ def stage(title: str) -> Iterator[None]:
     yield
     seconds[title] = round(time.perf_counter() - begun, 1)
     console.print(f"[dim]{title}: {seconds[title]:.1f} s")
-
-
-def disjoint_halves(labels: np.ndarray, samples: int) -> list[Tensor]:
-    """Rows of two sets of `samples` pictures that share none, sorted by class, as many of each.
-
-    Raises:
-        UserError: there are too few pictures, or `samples` is no multiple of the classes.
-    """
-    each, rest = divmod(samples, len(CLASSES))
-    found = [np.flatnonzero(labels == place) for place in range(len(CLASSES))]
-    if rest or min(map(len, found)) < 2 * each:
-        most = len(CLASSES) * (min(map(len, found)) // 2)
-        raise UserError(
-            f"--samples {samples}: take a multiple of {len(CLASSES)} up to {most}, half the test "
-            "pictures, as the other half is what they are compared with"
-        )
-    halves = (slice(0, each), slice(each, 2 * each))
-    return [torch.from_numpy(np.concatenate([rows[part] for rows in found])) for part in halves]
 
 
 def train_autoencoder(output: Path, steps: int | None) -> None:
@@ -287,19 +270,19 @@ def save_sheets(
 
 
 def write_metrics(
-    output: Path,
-    evaluation: dict[str, float],
-    numbers: dict[str, Any],
-    samples: int,
-    denoiser_steps: int,
+    output: Path, evaluation: dict[str, float], numbers: dict[str, Any], samples: int
 ) -> None:
     """Everything that another machine's numbers must be compared with."""
+    last_rows = {
+        name: (output / name / "log.jsonl").read_text().splitlines()[-1]
+        for name in ("training", "training-denoiser")
+    }
     content = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
         "versions": {name: version(name) for name in ("latent_ae", "torch", "diffusers")},
         "seconds": seconds,  # of this start; a stage that was there already took none
-        "denoiser_steps": denoiser_steps,
+        "steps": {name: json.loads(row)["step"] for name, row in last_rows.items()},
         "sampling_steps": SAMPLING_STEPS,
         "samples": samples,
         "autoencoder": evaluation,

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, photograph
-from fashion_data import CLASSES, SIDE, padded, read_idx, read_part, write_parquet
+from fashion_data import CLASSES, SIDE, disjoint_halves, padded, read_idx, read_part, write_parquet
 from fashion_judge import measure, taught_classifier
-from fashion_mnist import disjoint_halves
 from PIL import Image
 
 from latent_ae.data import decode_image, open_source, source_of
@@ -150,6 +149,7 @@ def test_the_whole_way_in_miniature(tmp_path):
     result = subprocess.run(command, **options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     content = json.loads((output / "metrics.json").read_text())
+    assert content["steps"] == {"training": 8, "training-denoiser": 10}
     rows = content["sets"]
     assert list(rows) == [
         "other test pictures",
