@@ -29,11 +29,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import typer
-from fashion_data import CLASSES, PARTS, SIDE, disjoint_halves, padded, read_part, write_parquet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fashion_data import CLASSES, PARTS, SIDE, disjoint_halves, padded, read_part, write_parquet
 from latent_ae.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

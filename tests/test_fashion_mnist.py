@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, photograph
-from fashion_data import CLASSES, SIDE, disjoint_halves, padded, read_idx, read_part, write_parquet
-from fashion_judge import measure, taught_classifier
 from PIL import Image
 
+from fashion_data import CLASSES, SIDE, disjoint_halves, padded, read_idx, read_part, write_parquet
+from fashion_judge import measure, taught_classifier
 from latent_ae.data import decode_image, open_source, source_of
 from latent_ae.errors import UserError
 
