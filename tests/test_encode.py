@@ -355,6 +355,7 @@ class TestRestart:
         with pytest.raises(UserError, match=r"data\.rows 12, not 13"):
             encode(exported, names, tmp_path / "out", resolution=64, **FAST)
 
+    @pytest.mark.slow
     def test_a_second_run_is_told_of_the_first(self, exported, dozen, tmp_path):
         out = tmp_path / "out"
         out.mkdir()
@@ -380,6 +381,7 @@ class TestRestart:
         encode(exported, dozen, out, resolution=64, **FAST)
         assert not (out / ".lock").exists()
 
+    @pytest.mark.slow
     def test_the_lock_dies_with_its_process_not_with_its_workers(self, tmp_path):
         lock = FolderLock(tmp_path, 0)
         child = os.fork()

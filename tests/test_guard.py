@@ -120,6 +120,7 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(tiny, quiet, monkeypatch):
     assert_equal(weights(config.output, 6), weights(whole, 6))
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_step_lets_it_finish_and_the_end_is_the_same(tiny, told, monkeypatch):
     """With the adversary, LeCam's averages, workers, accumulation, in the middle of an epoch."""
     sections = {

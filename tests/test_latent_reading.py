@@ -55,7 +55,7 @@ class TestDraws:
         mode = LatentDataset(folder, sample=False)
         assert same(mode[5], mode[5])
 
-    @pytest.mark.parametrize("context", ["fork", "spawn"])
+    @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
     def test_workers_that_outlive_an_epoch_see_the_next(self, folder, context):
         dataset = LatentDataset(folder, seed=1, columns=())
         options = {"num_workers": 1, "persistent_workers": True}
@@ -257,6 +257,7 @@ class TestOtherWorlds:
         assert dataset.manifest.skipped == 1
         assert len(list(BucketBatchSampler(dataset, 2))) == 2
 
+    @pytest.mark.slow
     def test_a_process_of_its_own_reads_it(self, folder):
         dataset = LatentDataset(folder, seed=3)
         with multiprocessing.get_context("spawn").Pool(1) as pool:

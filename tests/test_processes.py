@@ -85,7 +85,13 @@ def alone(photos, tmp_path_factory, quiet):
     return train(config("one", 4), quiet), config
 
 
-@pytest.mark.parametrize("training", [{}, {"shard": True}], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "training",
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param({"shard": True}, id="fsdp2", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_equal_one_with_the_same_global_batch(alone, quiet, tmp_path, training):
     """The code deterministic, as noise is local; everything else as in a run that matters.
 

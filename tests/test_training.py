@@ -260,7 +260,15 @@ def test_fine_tuning_starts_from_the_folder(tiny, quiet, exported):
     )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+# One with and one without an adversary by default; CI runs them all.
+QUICK_RECIPES = ("kl_f8", "tiny_adversary")
+RECIPES = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK_RECIPES else pytest.mark.slow)
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", RECIPES)
 def test_every_recipe_takes_a_step(path, photos, quiet, tmp_path):
     """Shrunk in width, size and batch; its losses, schedule and everything else as written."""
     recipe = load_config(path)
