@@ -25,16 +25,19 @@ __all__ = [
     "default_device",
     "downsampling",
     "encode_moments",
+    "folder_config",
     "full_precision",
     "load_network",
     "only_variant",
     "reconstruct",
     "require_divisible",
+    "stored_variants",
     "weight_files",
     "weights_sha256",
 ]
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHT_VARIANTS = ("fp16", "bf16")
 
 
 def build_network(config: NetworkConfig) -> AutoencoderKL:
@@ -65,13 +68,7 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoen
         UserError: there is no such folder, or it is no `AutoencoderKL`.
     """
     folder = Path(path)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"{folder} is no exported autoencoder: it has no config.json")
-    try:
-        name = json.loads(config.read_text())["_class_name"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config} is no config of diffusers") from error
+    name = folder_config(folder)["_class_name"]
     if name != "AutoencoderKL":
         raise UserError(f"{folder} holds a {name}, not an AutoencoderKL")
     try:
@@ -88,16 +85,42 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoen
     return network  # pyright: ignore[reportReturnType]
 
 
+def folder_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a diffusers folder, which has a `_class_name`.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        pipeline = (Path(folder) / "model_index.json").is_file()
+        hint = f"; try {Path(folder) / 'vae'}" if pipeline else ""
+        raise UserError(f"{folder} is no exported autoencoder: it has no config.json{hint}")
+    try:
+        config = json.loads(file.read_text())
+        config["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is no config of diffusers") from error
+    return config
+
+
+def stored_variants(folder: str | Path) -> list[str]:
+    """The weights of 16 bits that a folder holds, some of `WEIGHT_VARIANTS`."""
+    return [name for name in WEIGHT_VARIANTS if any(map(Path.is_file, _places(folder, name)))]
+
+
 def only_variant(folder: str | Path) -> str | None:
     """The variant, such as `fp16`, to load from a folder that holds no other weights, else None."""
-    folder, name = Path(folder), WEIGHTS_FILE.removesuffix(".safetensors")
-    if (folder / WEIGHTS_FILE).is_file() or (folder / f"{WEIGHTS_FILE}.index.json").is_file():
+    if any(map(Path.is_file, _places(folder, None))):
         return None
-    for variant in ("fp16", "bf16"):
-        whole, split = f"{name}.{variant}.safetensors", f"{WEIGHTS_FILE}.index.{variant}.json"
-        if (folder / whole).is_file() or (folder / split).is_file():
-            return variant
-    return None
+    return next(iter(stored_variants(folder)), None)
+
+
+def _places(folder: str | Path, variant: str | None) -> tuple[Path, Path]:
+    """Where diffusers keeps weights: in a file, or in several under an index."""
+    infix = f".{variant}" if variant else ""
+    plain, index = Path(folder) / WEIGHTS_FILE, Path(folder) / f"{WEIGHTS_FILE}.index.json"
+    return plain.with_suffix(f"{infix}.safetensors"), index.with_suffix(f"{infix}.json")
 
 
 def downsampling(network: AutoencoderKL) -> int:
@@ -134,10 +157,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     Raises:
         UserError: the folder has none, or a damaged index.
     """
-    plain, index = Path(folder) / WEIGHTS_FILE, Path(folder) / f"{WEIGHTS_FILE}.index.json"
-    if variant := only_variant(folder):
-        plain = plain.with_suffix(f".{variant}.safetensors")
-        index = index.with_suffix(f".{variant}.json")
+    plain, index = _places(folder, only_variant(folder))
     if plain.is_file():
         return [plain]
     if not index.is_file():

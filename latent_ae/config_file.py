@@ -77,15 +77,20 @@ def load_protocol(name: str | Path, overrides: list[str] | None = None) -> Proto
     return after
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """The content of a YAML file; raises `UserError` where there is none, or no valid one."""
     try:
-        content = yaml.load(path.read_text(), _StrictLoader)
+        return yaml.load(path.read_text(), loader)
     except FileNotFoundError as error:
         raise UserError(f"there is no config file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_yaml(path, _StrictLoader)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no `key: value` lines")
     return content

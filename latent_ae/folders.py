@@ -10,7 +10,7 @@ from pathlib import Path
 
 from latent_ae.errors import UserError
 
-__all__ = ["require_free", "whole_folder"]
+__all__ = ["folder_aside", "require_free", "whole_folder"]
 
 
 def require_free(out: Path) -> None:
@@ -20,14 +20,21 @@ def require_free(out: Path) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which takes its name at the end if all went well."""
+def folder_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, of which nothing remains."""
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True)
         yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its name at the end if all went well."""
+    with folder_aside(out) as aside:
+        yield aside
         if out.exists():
             out.rmdir()
         aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_ae.autoencoder import default_device, only_variant, weights_sha256
+from latent_ae.autoencoder import default_device, folder_config, only_variant, weights_sha256
 from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
 from latent_ae.scaling import LatentScaling
@@ -199,14 +198,7 @@ def posterior_of(output: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
-    config = folder / "config.json"
-    if not config.is_file():
-        hint = f"; try {folder / 'vae'}" if (folder / "model_index.json").is_file() else ""
-        raise UserError(f"{folder} is no exported autoencoder: it has no config.json{hint}")
-    try:
-        name = json.loads(config.read_text())["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{config} is no config of diffusers") from error
+    name = folder_config(folder)["_class_name"]
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None or not all(hasattr(kind, verb) for verb in ("encode", "decode")):
         raise UserError(f"{folder} holds a {name}, which is no autoencoder of diffusers")

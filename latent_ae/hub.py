@@ -13,11 +13,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from latent_ae.autoencoder import WEIGHTS_FILE, load_network, only_variant, weights_sha256
+from latent_ae.autoencoder import (
+    WEIGHTS_FILE,
+    load_network,
+    only_variant,
+    stored_variants,
+    weights_sha256,
+)
 from latent_ae.errors import UserError
 from latent_ae.evaluation import Evaluation
 from latent_ae.export.card import model_card, without_paths
-from latent_ae.export.weights import VARIANTS
 from latent_ae.folders import require_free, whole_folder
 
 __all__ = ["prepare_upload", "push_to_hub"]
@@ -141,7 +146,7 @@ def prepare_upload(
             record,
             license_id,
             name=repo_id,
-            variants=_variants(folder),
+            variants=[] if only_variant(folder) else stored_variants(folder),
             evaluation=measured,
             pictures=shown,
         )
@@ -179,13 +184,6 @@ def _files(folder: Path) -> list[Path]:
     weights = [*folder.glob(f"{_STEM}*.safetensors"), *folder.glob(f"{_STEM}*.index*.json")]
     extra = [folder / "discriminator.safetensors"]
     return [folder / "config.json", *weights, *(file for file in extra if file.is_file())]
-
-
-def _variants(folder: Path) -> list[str]:
-    if only_variant(folder):
-        return []
-    names = [file.name for file in _files(folder)]
-    return [variant for variant in VARIANTS if any(f".{variant}" in name for name in names)]
 
 
 def _copy_pictures(

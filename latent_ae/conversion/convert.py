@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latent_ae.autoencoder import WEIGHTS_FILE
+from latent_ae.autoencoder import WEIGHTS_FILE, folder_config
 from latent_ae.conversion.architecture import (
     attention_levels,
     complete_config,
@@ -33,10 +28,11 @@ from latent_ae.conversion.scale import Hints, resolve_config
 from latent_ae.conversion.tools import tool_notes
 from latent_ae.conversion.weights import PICKLED, WeightFile, folder_weights, same_bits, serialized
 from latent_ae.errors import UserError
+from latent_ae.folders import folder_aside, require_free, whole_folder
+from latent_ae.frozen import PRECISIONS
 
-__all__ = ["DTYPES", "Conversion", "convert"]
+__all__ = ["Conversion", "convert"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORD = "latent_ae.config"  # the metadata's key under which a file keeps its diffusers config
 
 
@@ -103,8 +99,8 @@ def convert(
     """
     source, target = Path(source), Path(target).absolute()
     hints = Hints(None if config is None else Path(config), family, scaling_factor, shift_factor)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; valid: {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in PRECISIONS:
+        raise UserError(f"dtype {dtype!r} is unknown; valid: {', '.join(PRECISIONS)}")
     if prefix and not prefix.endswith("."):
         raise UserError(f"the prefix {prefix!r} does not end in a dot; try {prefix + '.'!r}")
     if not source.exists():
@@ -137,8 +133,7 @@ def _to_file(source: Path, target: Path, prefix: str, dtype: str | None) -> Conv
     names = {name: prefix + ldm_name(name, levels) for name in stored}
     tensors = {names[n]: t.reshape(ldm_shape(tuple(t.shape))) for n, t in stored.items()}
     obstacles = ldm_obstacles(config)
-    with _aside(target) as aside:
-        aside.mkdir(parents=True)
+    with folder_aside(target) as aside:
         weights = aside / target.name
         weights.write_bytes(serialized(tensors, {"format": "pt", RECORD: json.dumps(record)}))
         _require_same_bits(stored, _as_diffusers(WeightFile(weights), names, wanted))
@@ -158,8 +153,7 @@ def _to_folder(
 ) -> Conversion:
     if target.suffix in (".safetensors", *PICKLED):
         raise UserError(f"{source} is a file, so the target is a folder, not {target}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; remove it or choose another folder")
+    require_free(target)
     where, file = str(source), WeightFile(source)
     found = find_first_stage(file, prefix, ema)
     derived = shapes_config(found.shapes, where)
@@ -173,27 +167,16 @@ def _to_folder(
     in_file = {name: found.names[ldm] for name, ldm in names.items()}
     wanted = diffusers_shapes(config, where)
     tensors = _cast(_as_diffusers(file, in_file, wanted), dtype, source)
-    with _aside(target) as aside:
-        aside.mkdir(parents=True)
+    with whole_folder(target) as aside:
         (aside / WEIGHTS_FILE).write_bytes(serialized(tensors, {"format": "pt"}))
         (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _require_stock_loads(aside, tensors)
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
     return _conversion(target, "diffusers", tensors, config, [*found.notes, *notes])
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        hint = f"; try {folder / 'vae'}" if (folder / "model_index.json").is_file() else ""
-        raise UserError(f"{folder} is no exported autoencoder: it has no config.json{hint}")
-    try:
-        config = json.loads(file.read_text())
-        name = config["_class_name"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is no config of diffusers") from error
+    config = folder_config(folder)
+    name = config["_class_name"]
     if name != "AutoencoderKL":
         raise UserError(
             f"{folder} is of class {name}, for which LDM has no layout; AutoencoderKL has one"
@@ -230,7 +213,7 @@ def _as_diffusers(
 def _cast(tensors: dict[str, Tensor], dtype: str | None, source: Path) -> dict[str, Tensor]:
     if dtype is None:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
-    cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    cast = {name: tensor.to(PRECISIONS[dtype]).contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.isfinite().all() and not cast[name].isfinite().all():
             raise UserError(
@@ -261,16 +244,6 @@ def _require_stock_loads(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise RuntimeError(f"stock diffusers loads the folder with {told}")
     state = network.state_dict()
     _require_same_bits(state, {name: tensors[name].to(state[name].dtype) for name in state})
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """A folder's name beside the target, in which nothing remains."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _conversion(

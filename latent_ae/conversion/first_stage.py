@@ -21,14 +21,12 @@ class FirstStage:
     """Where an autoencoder's tensors lie in a file.
 
     Attributes:
-        file: the opened file.
         shapes: by LDM's names, without a prefix.
         names: in the file, by LDM's names.
         measured: the checkpoint's own `scale_factor`, where LDM has measured one.
         notes: what was found and what is left out.
     """
 
-    file: WeightFile
     shapes: Shapes
     names: dict[str, str]
     measured: float | None
@@ -63,7 +61,7 @@ def find_first_stage(file: WeightFile, prefix: str | None, ema: bool) -> FirstSt
         told = ", ".join(f"{count} of {name}" for name, count in others.most_common(6))
         notes.append(f"left out: {others.total()} tensors beside the autoencoder ({told})")
     shapes = {ldm: file.shapes[name] for ldm, name in names.items()}
-    return FirstStage(file, shapes, names, _measured(file, prefix), notes)
+    return FirstStage(shapes, names, _measured(file, prefix), notes)
 
 
 def _prefix(file: WeightFile) -> str:

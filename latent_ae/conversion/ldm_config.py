@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from latent_ae.config_file import read_yaml
 from latent_ae.conversion.architecture import LDM_GROUPS, attention_levels, block_types
 from latent_ae.errors import UserError
 
@@ -87,7 +88,7 @@ def parse_ldm_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is none, or of a network that `AutoencoderKL` cannot be.
     """
-    content = _read(path)
+    content = read_yaml(path)
     try:
         model = content["model"]["params"]
         params = model["first_stage_config"]["params"] if "first_stage_config" in model else model
@@ -111,17 +112,6 @@ def parse_ldm_config(path: Path) -> dict[str, Any]:
         names = ", ".join(odd or ["attn_type: linear"])
         raise UserError(f"{path} asks for {names}, which diffusers' AutoencoderKL does not have")
     return config if scale is None else config | {"scaling_factor": scale}
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"there is no config file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _resolution(config: dict[str, Any]) -> int:

@@ -11,57 +11,36 @@ _IGNORES = "ignores it"
 _ONLY_DECODES = "uses it in decoding, not in encoding"
 _ONLY_ENCODES = "uses it in encoding, not in decoding"
 
+_SD = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+)
+_SDXL = (
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+)
+_SD3 = (
+    "StableDiffusion3Pipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3InpaintPipeline",
+)
+_FLUX = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+_DIT = ("DiTPipeline",)
+
 # What diffusers 0.42's pipelines do; tests/test_stock_pipelines.py runs each of them and compares,
 # and reads in their sources whether they know `force_upcast`.
 IGNORED_BY: dict[str, dict[str, str]] = {
     "shift_factor": {
-        **dict.fromkeys(
-            (
-                "StableDiffusionPipeline",
-                "StableDiffusionImg2ImgPipeline",
-                "StableDiffusionInpaintPipeline",
-                "StableDiffusionXLPipeline",
-                "StableDiffusionXLImg2ImgPipeline",
-                "StableDiffusionXLInpaintPipeline",
-                "DiTPipeline",
-            ),
-            _IGNORES,
-        ),
+        **dict.fromkeys((*_SD, *_SDXL, *_DIT), _IGNORES),
         "StableDiffusion3InpaintPipeline": _ONLY_ENCODES,
     },
     "latents_mean": {
-        **dict.fromkeys(
-            (
-                "StableDiffusionPipeline",
-                "StableDiffusionImg2ImgPipeline",
-                "StableDiffusionInpaintPipeline",
-                "StableDiffusion3Pipeline",
-                "StableDiffusion3Img2ImgPipeline",
-                "StableDiffusion3InpaintPipeline",
-                "FluxPipeline",
-                "FluxImg2ImgPipeline",
-                "FluxInpaintPipeline",
-                "DiTPipeline",
-            ),
-            _IGNORES,
-        ),
+        **dict.fromkeys((*_SD, *_SD3, *_FLUX, *_DIT), _IGNORES),
         "StableDiffusionXLInpaintPipeline": _ONLY_DECODES,
     },
-    "force_upcast": dict.fromkeys(
-        (
-            "StableDiffusionPipeline",
-            "StableDiffusionImg2ImgPipeline",
-            "StableDiffusionInpaintPipeline",
-            "StableDiffusion3Pipeline",
-            "StableDiffusion3Img2ImgPipeline",
-            "StableDiffusion3InpaintPipeline",
-            "FluxPipeline",
-            "FluxImg2ImgPipeline",
-            "FluxInpaintPipeline",
-            "DiTPipeline",
-        ),
-        _IGNORES,
-    ),
+    "force_upcast": dict.fromkeys((*_SD, *_SD3, *_FLUX, *_DIT), _IGNORES),
 }
 
 

@@ -13,12 +13,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from latent_ae.autoencoder import reconstruct
+from latent_ae.autoencoder import WEIGHT_VARIANTS, reconstruct
 from latent_ae.errors import UserError
+from latent_ae.frozen import PRECISIONS
 
 __all__ = ["VARIANTS", "parse_options", "save_weights"]
 
-VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# The weights beside fp32.
+VARIANTS = {name: PRECISIONS[name] for name in WEIGHT_VARIANTS}
 
 
 def parse_options(variants: Sequence[str], max_shard_size: str) -> None:
