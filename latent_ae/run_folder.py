@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,16 @@ from latent_ae.config import Config
 from latent_ae.config_file import load_config
 from latent_ae.errors import UserError
 
-__all__ = ["RunFolder", "write_whole"]
+__all__ = ["RunFolder", "json_line", "write_whole"]
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row of a log as JSON, which has no NaN and no infinity: they become null."""
+    kept = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(kept) + "\n"
 
 
 def write_whole(path: Path, text: str, check: Callable[[Path], Any] | None = None) -> None:

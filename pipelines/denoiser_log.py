@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from denoiser_trainer import Trainer
-from latent_ae.run_folder import write_whole
+from latent_ae.run_folder import json_line, write_whole
 
 __all__ = ["Log"]
 
@@ -57,7 +56,7 @@ class Log:
         """Drops the rows that a killed run wrote after its last checkpoint."""
         rows = [row for row in _rows(self.file) if row["step"] <= self.trainer.step]
         self.done = {(row["step"], row.get("group", "train")) for row in rows}
-        write_whole(self.file, "".join(_line(row) for row in rows))
+        write_whole(self.file, "".join(json_line(row) for row in rows))
 
     def __enter__(self) -> Log:
         self.bar.start()
@@ -109,7 +108,7 @@ class Log:
         seconds = round(time.monotonic() - trainer.started, 3)
         with self.file.open("a") as file:
             head = {"step": trainer.step, "group": group, "seconds": seconds}
-            file.write(_line(head | row))
+            file.write(json_line(head | row))
         self.done.add((trainer.step, group))
         for name, value in row.items():
             if isinstance(value, float):
@@ -145,12 +144,3 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-def _line(row: dict[str, Any]) -> str:
-    """A row as JSON, which has no NaN and no infinity: they become null."""
-    kept = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-    return json.dumps(kept) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from latent_ae.data import Skipped
-from latent_ae.run_folder import RunFolder, write_whole
+from latent_ae.run_folder import RunFolder, json_line, write_whole
 from latent_ae.training.display import Display
 from latent_ae.training.guard import Alarms
 from latent_ae.training.schedule import learning_rate
@@ -126,9 +125,8 @@ class RunLog:
 
     def record(self, group: str, row: dict[str, float], sheet: Path | None = None) -> None:
         """Appends a row to log.jsonl and the trackers; call on the main process."""
-        # JSON has no infinity; fp16's gradient norm is infinite while its scaler settles.
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self.file.write(json.dumps(self._head(group) | finite) + "\n")
+        # fp16's gradient norm is infinite while its scaler settles.
+        self.file.write(json_line(self._head(group) | row))
         self.trackers.log(group, row, sheet)
 
     def _head(self, group: str) -> dict[str, Any]:
