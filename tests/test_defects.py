@@ -248,7 +248,7 @@ def test_the_defect_is_found(defect, tmp_path):
         path = tmp_path / "latent_ae" / file
         path.write_text(path.read_text().replace(old, new))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", defect.test],
+        [sys.executable, *"-m pytest -q -p no:cacheprovider -n 0 -m".split(), "", defect.test],
         cwd=tmp_path,  # where `python -m` looks for the package first
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The network, its bottleneck and what they are trained for."""
+"""The network and its bottleneck."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -18,9 +17,7 @@ from latent_ae.config.section import Section
 __all__ = [
     "AutoencoderConfig",
     "BottleneckConfig",
-    "LossesConfig",
     "NetworkConfig",
-    "PerceptualConfig",
 ]
 
 
@@ -85,27 +82,3 @@ class AutoencoderConfig(Section):
 
     network: NetworkConfig = NetworkConfig()
     bottleneck: BottleneckConfig = BottleneckConfig()
-
-
-class PerceptualConfig(Section):
-    """LPIPS (Zhang et al. 2018)."""
-
-    net: Literal["alex", "vgg"] = "vgg"
-    """The backbone; `alex` ships with the package."""
-    weight: PositiveFloat = 1.0
-    """w before the LPIPS term."""
-    path: str | None = None
-    """A safetensors file of torchvision's backbone weights; left out, torchvision fetches them."""
-
-
-class LossesConfig(Section):
-    """The reconstruction side of the objective."""
-
-    pixel: Literal["l1", "l2", "charbonnier"] = "l1"
-    """Distance of pixels, the mean over image elements."""
-    perceptual: PerceptualConfig | None = None
-    """Left out: no perceptual term."""
-    variance: Literal["fixed", "learned"] = "fixed"
-    """`learned`: (pixel + w·LPIPS) / exp(s) + s with one trained scalar s (LDM's `logvar`)."""
-    logvar_init: float = 0.0
-    """Where s starts."""

@@ -6,7 +6,8 @@ from pydantic import model_validator
 
 from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
-from latent_ae.config.model import AutoencoderConfig, LossesConfig
+from latent_ae.config.losses import LossesConfig
+from latent_ae.config.model import AutoencoderConfig
 from latent_ae.config.training import TrainingConfig
 
 __all__ = ["Config"]
