@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-m", "")  # slow tests too
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def test_the_defect_is_found(defect, tmp_path):
         path = tmp_path / "latent_ae" / file
         path.write_text(path.read_text().replace(old, new))
     result = subprocess.run(
-        [sys.executable, *"-m pytest -q -p no:cacheprovider -n 0 -m".split(), "", defect.test],
+        [sys.executable, *PYTEST, defect.test],
         cwd=tmp_path,  # where `python -m` looks for the package first
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
