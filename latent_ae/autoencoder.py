@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "default_device",
     "downsampling",
     "encode_moments",
+    "encoder_side",
     "folder_config",
     "full_precision",
     "load_network",
@@ -32,6 +34,7 @@ __all__ = [
     "reconstruct",
     "require_divisible",
     "stored_variants",
+    "trained_parameters",
     "weight_files",
     "weights_sha256",
 ]
@@ -54,7 +57,7 @@ def build_network(config: NetworkConfig) -> AutoencoderKL:
         "up_block_types": ("UpDecoderBlock2D",) * levels,
     }
     return AutoencoderKL(
-        **config.model_dump(exclude={"path", "init"}),
+        **config.model_dump(exclude={"path", "freeze", "init"}),
         use_post_quant_conv=config.use_quant_conv,
         **blocks,
         scaling_factor=1.0,  # until export measures it
@@ -216,22 +219,49 @@ def reconstruct(network: AutoencoderKL, images: Tensor) -> Tensor:
     return decode_latents(network, mean)
 
 
+def encoder_side(network: AutoencoderKL) -> list[nn.Module]:
+    """The modules that make latents of pictures: those to freeze when the latents must not move."""
+    parts = (network.encoder, getattr(network, "quant_conv", None))
+    return [part for part in parts if part is not None]  # pyright: ignore
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name, in the network's order."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
 class Autoencoder(nn.Module):
     """The way through: encoder, bottleneck, decoder.
 
     Training calls `forward` only: under DistributedDataParallel, the `encode` and `decode` of the
     unwrapped module would skip the synchronisation of gradients.
+
+    Args:
+        network: diffusers' autoencoder.
+        bottleneck: from what it encodes to a `Code`.
+        freeze_encoder: train the decoder alone. The encoder then runs without a graph, and the
+            bottleneck's losses, which nothing could lower, are left out.
     """
 
-    def __init__(self, network: AutoencoderKL, bottleneck: nn.Module) -> None:
+    def __init__(
+        self, network: AutoencoderKL, bottleneck: nn.Module, *, freeze_encoder: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.bottleneck = bottleneck
+        self.encoder_frozen = freeze_encoder
+        if freeze_encoder:
+            for part in encoder_side(network):
+                part.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: AutoencoderConfig) -> Autoencoder:
         """Builds both parts; raises `UserError` where `network.path` cannot be loaded."""
-        return cls(build_network(config.network), build_bottleneck(config.bottleneck))
+        return cls(
+            build_network(config.network),
+            build_bottleneck(config.bottleneck),
+            freeze_encoder=config.network.freeze == "encoder",
+        )
 
     def blocks(self) -> list[nn.Module]:
         """The network's blocks, each a unit to shard or to compile, without its outer layers."""
@@ -241,5 +271,9 @@ class Autoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
-        code = self.bottleneck(encode_moments(self.network, images))
+        if self.encoder_frozen:
+            with torch.no_grad():
+                code = replace(self.bottleneck(encode_moments(self.network, images)), loss_terms={})
+        else:
+            code = self.bottleneck(encode_moments(self.network, images))
         return Reconstruction(decode_latents(self.network, code.latents).float(), code)

@@ -112,8 +112,9 @@ def _parse(kind: type[AnySection], content: dict[str, Any], where: str) -> AnySe
 def plain(config: Section) -> dict[str, Any]:
     """The resolved config as plain values, which `parse_config` reads back to an equal one."""
     content = config.model_dump(mode="json", exclude_none=True)
-    if content.get("network", {}).get("path"):  # the folder's own config holds the other keys
-        content["network"] = {"path": content["network"]["path"]}
+    network = content.get("network", {})
+    if network.get("path"):  # the folder's own config holds the other keys
+        content["network"] = {key: network[key] for key in ("path", "freeze")}
     return content
 
 

@@ -44,7 +44,8 @@ def describe(
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     values = channels * shape[1] * shape[2]
     facts = {
-        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        + _frozen(config),
         "images": f"3 × {side} × {side} in [-1, 1]",
         "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
         "compression": f"{3 * side * side / values:g} image values a latent value",
@@ -92,11 +93,18 @@ def _loss(config: Config) -> str:
         text += f" + {losses.perceptual.weight:g} · LPIPS ({losses.perceptual.net})"
     if losses.variance == "learned":
         text = f"({text}) / exp(s) + s"
-    return text + " + λ · KL / (C·H·W)" if config.bottleneck.weight else text
+    kl = config.bottleneck.weight and config.network.freeze == "nothing"
+    return text + " + λ · KL / (C·H·W)" if kl else text
+
+
+def _frozen(config: Config) -> str:
+    return "; the decoder's alone learn" if config.network.freeze == "encoder" else ""
 
 
 def _weight(config: Config, values_per_element: float) -> str:
     weight = config.bottleneck.weight
+    if config.network.freeze == "encoder":
+        return "without effect: the encoder is frozen, its KL is what it is"
     if weight == 0:
         return "0: a plain autoencoder, the code is the mean"
     text = f"{weight:g}; one nat a latent value costs {weight * values_per_element:.3g}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latent_ae.adversary import Adversary
-from latent_ae.autoencoder import Autoencoder
+from latent_ae.autoencoder import Autoencoder, trained_parameters
 from latent_ae.bottlenecks import build_bottleneck
 from latent_ae.config import Config
 from latent_ae.objective import Objective
@@ -44,7 +44,11 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
     adversary = config.adversary
     with FakeTensorMode(allow_non_fake_inputs=True):
         copy = AutoencoderKL.from_config(network.config)
-        model = Autoencoder(copy, build_bottleneck(config.bottleneck))  # pyright: ignore
+        model = Autoencoder(
+            copy,  # pyright: ignore[reportArgumentType]
+            build_bottleneck(config.bottleneck),
+            freeze_encoder=config.network.freeze == "encoder",
+        )
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()
@@ -54,11 +58,11 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         images = torch.empty(config.data.batch_size, 3, side, side)
         saved = count_saved_bytes(model, objective, judge or None, images, config)
     share = processes if config.training.shard else 1
-    weights = _bytes(model) // share
+    weights, trained = _bytes(model) // share, _bytes(model, trained=True) // share
     memory = TrainingMemory(
         {
-            "weights and EMA": weights * (2 if config.training.ema else 1),
-            "gradients and optimizer": 3 * weights,
+            "weights and EMA": weights + (trained if config.training.ema else 0),
+            "gradients and optimizer": 3 * trained,
             "activations": saved,
         }
     )
@@ -105,5 +109,6 @@ def count_saved_bytes(
     return max(peak, sum(held.values()))
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _bytes(module: nn.Module, *, trained: bool = False) -> int:
+    parameters = trained_parameters(module).values() if trained else module.parameters()
+    return sum(p.numel() * p.element_size() for p in parameters)

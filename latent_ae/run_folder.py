@@ -179,5 +179,5 @@ class RunFolder:
         network = load_network(checkpoint / "network")
         averaged = checkpoint / "ema.safetensors"
         if averaged.is_file():
-            network.load_state_dict(load_file(averaged))
+            network.load_state_dict(network.state_dict() | load_file(averaged))
         return network, self.progress(checkpoint)

@@ -13,6 +13,7 @@ from denoiser_trainer import Trainer
 from denoisers import build_scheduler
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentsManifest, weights_sha256
+from latent_ae.lineage import readable_latents
 from latent_ae.scaling import LatentScaling
 from latent_diffusion import LatentDiffusionPipeline
 
@@ -27,7 +28,7 @@ def check_autoencoder(folder: Path, manifest: LatentsManifest) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"the latents' autoencoder is not at {folder}: say where by --autoencoder")
-    if weights_sha256(folder) != manifest.autoencoder.weights_sha256:
+    if manifest.autoencoder.weights_sha256 not in readable_latents(folder):
         raise UserError(
             f"the latents were made by other weights than those in {folder}: name the autoencoder "
             "that made them by --autoencoder, or encode again"
@@ -44,8 +45,14 @@ def check_autoencoder(folder: Path, manifest: LatentsManifest) -> Any:
     return autoencoder
 
 
-def check_output(output: Path, manifest: LatentsManifest) -> None:
-    """Raises `UserError` unless it can be written, over a pipeline of the latents' autoencoder."""
+def check_output(output: Path, manifest: LatentsManifest, autoencoder: Path) -> None:
+    """Raises `UserError` unless it can be written, over a pipeline of the latents' autoencoder.
+
+    Args:
+        output: the pipeline's folder.
+        manifest: of the latents.
+        autoencoder: that of the pipeline, perhaps with a decoder of its own.
+    """
     folder = output.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -62,7 +69,7 @@ def check_output(output: Path, manifest: LatentsManifest) -> None:
             f"the weights of the autoencoder in {output / 'vae'} cannot be read, so it is unclear "
             "whose pipeline that is: choose another output, or remove it"
         ) from error
-    if weights != manifest.autoencoder.weights_sha256:
+    if weights not in (manifest.autoencoder.weights_sha256, weights_sha256(autoencoder)):
         raise UserError(
             f"{output} holds a pipeline with another autoencoder than the latents': choose another "
             "output, or remove it"

@@ -73,7 +73,7 @@ def train(
         raise UserError(f"{latents} holds codebook indices, which no diffusion of numbers fits")
     autoencoder = Path(autoencoder or data.manifest.autoencoder.path)
     vae = check_autoencoder(autoencoder, data.manifest)
-    check_output(output, data.manifest)
+    check_output(output, data.manifest, autoencoder)
     trainer = Trainer(config, data, folder)
     accelerator = trainer.accelerator
     pipeline = build_pipeline(trainer, data.manifest, vae.to(accelerator.device).eval())

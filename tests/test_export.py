@@ -145,7 +145,8 @@ def test_a_fine_tuned_run_records_its_origin(tiny, quiet, exported, tmp_path):
     config = config.model_copy(update={"network": NetworkConfig(path=str(exported))})
     out = export_run(train(config, quiet), tmp_path / "out", images=4)
     assert json.loads((out / "latent_ae.json").read_text())["config"]["network"] == {
-        "path": str(exported)
+        "path": str(exported),
+        "freeze": "nothing",
     }
 
 

@@ -65,13 +65,16 @@ def export(
         str, typer.Option(help="`last`, `best` by its validation, or a step's number.")
     ] = "last",
     statistics: Annotated[
-        Literal["scale", "shift", "channels", "folded"],
+        Literal["scale", "shift", "channels", "folded", "kept"] | None,
         typer.Option(
             help="Which statistics of the latents to write: `scale` (scaling_factor, which every "
             "pipeline uses), `shift` (and shift_factor), `channels` (and latents_mean and _std); "
-            "`folded` puts the channels' statistics into the weights: right in every pipeline."
+            "`folded` puts the channels' statistics into the weights: right in every pipeline; "
+            "`kept` leaves those of the network that was fine-tuned, as is done unasked where its "
+            "encoder was frozen.",
+            show_default="scale",
         ),
-    ] = "scale",
+    ] = None,
     images: Annotated[int, typer.Option(help="Training crops to measure them on.", min=1)] = 256,
     data: Annotated[Path | None, typer.Option(help="Measure on these pictures instead.")] = None,
     variant: Annotated[

@@ -25,7 +25,11 @@ class NetworkConfig(Section):
     """diffusers' `AutoencoderKL`, built anew or loaded from a folder."""
 
     path: str | None = None
-    """A folder that diffusers can load (yours or anybody's): fine-tune it. No other key then."""
+    """A folder that diffusers can load, yours or anybody's: fine-tune it. Beside it only `freeze`.
+    """
+    freeze: Literal["nothing", "encoder"] = "nothing"
+    """`encoder`: the decoder alone learns to read the latents of `path`, which do not move; the KL
+    term is left out."""
     in_channels: Literal[3] = 3
     """RGB."""
     block_out_channels: tuple[PositiveInt, ...] = Field(default=(128, 256, 512, 512), min_length=1)
@@ -47,10 +51,14 @@ class NetworkConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> NetworkConfig:
-        others = self.model_fields_set - {"path"}
+        others = self.model_fields_set - {"path", "freeze"}
         if self.path is not None and others:
             raise ValueError(
                 f"with `path` the network is that of the folder; remove {', '.join(sorted(others))}"
+            )
+        if self.path is None and self.freeze != "nothing":
+            raise ValueError(
+                f"freeze: {self.freeze} needs `path`: a new network has learned nothing"
             )
         for channels in self.block_out_channels:
             if self.path is None and channels % self.norm_num_groups:

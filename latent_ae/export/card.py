@@ -131,7 +131,7 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             "data": f"{data['path']} ({data['source']}), {data['resolution']}² crops",
             "training": f"{record['trained']['steps']} steps, {record['trained']['images']} images",
             "objective": _objective_in_words(trained),
-            "scaling_factor": f"{scale}, {_measured(record)} on {latents['images']} crops",
+            "scaling_factor": f"{scale}, {_measured(record)}",
             "KL": f"{latents['kl_nats_per_image']:.0f} nats an image",
             "force_upcast": rows["force_upcast"],
         }
@@ -145,9 +145,12 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _measured(record: Mapping[str, Any]) -> str:
+    if record.get("statistics") == "kept":
+        return "as it was before this fine-tuning"
+    text = f"measured on {record['latents']['images']} crops"
     if record.get("statistics") == "folded":
-        return "as the weights hold each channel's mean and deviation, measured"
-    return "measured"
+        return f"as the weights hold each channel's mean and deviation, {text}"
+    return text
 
 
 def _metrics(record: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:

@@ -13,11 +13,10 @@ from typing import Any
 from latent_ae.autoencoder import default_device, weights_sha256
 from latent_ae.config import Config
 from latent_ae.config_file import plain
-from latent_ae.errors import UserError
 from latent_ae.export.card import model_card, protocol_of
 from latent_ae.export.folding import fold_statistics
 from latent_ae.export.statistics import (
-    STATISTICS,
+    chosen_statistics,
     measure_latents,
     measuring_data,
     scaling_of,
@@ -25,6 +24,7 @@ from latent_ae.export.statistics import (
 )
 from latent_ae.export.weights import parse_options, save_weights
 from latent_ae.folders import require_free, whole_folder
+from latent_ae.lineage import latents_of
 from latent_ae.precision import measure_precision
 from latent_ae.run_folder import RunFolder
 from latent_ae.scaling import LatentStatistics
@@ -39,7 +39,7 @@ def export_run(
     out: str | Path,
     *,
     checkpoint: str = "last",
-    statistics: str = "scale",
+    statistics: str | None = None,
     images: int = 256,
     data: str | Path | None = None,
     variants: Sequence[str] = (),
@@ -60,7 +60,9 @@ def export_run(
         checkpoint: `last`, `best` (of those kept, by `training.best_by`) or a step's number.
         statistics: `scale` writes `scaling_factor` alone, which every stock pipeline uses; `shift`
             adds `shift_factor`; `channels` adds `latents_mean` and `latents_std`; `folded` puts
-            those of the channels into the weights, which every stock pipeline reads rightly.
+            those of the channels into the weights, which every stock pipeline reads rightly; `kept`
+            leaves those of the network that was fine-tuned. Left out: `kept` where the encoder was
+            frozen, else `scale`.
         images: training crops to measure on.
         data: pictures to measure on, if not those of the run's config.
         variants: of the weights, beside fp32: `fp16`, `bf16`.
@@ -73,15 +75,14 @@ def export_run(
     Raises:
         UserError: `run` has no such checkpoint, `out` exists, or the data cannot be read.
     """
-    if statistics not in STATISTICS:
-        raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
     parse_options(variants, max_shard_size)
     folder, out = RunFolder(run), Path(out).absolute()
     require_free(out)
     network, progress = folder.trained_network(checkpoint)
     config = folder.config()
+    statistics, frozen = chosen_statistics(config, statistics), config.network.freeze == "encoder"
     network = network.to(default_device()).eval()  # pyright: ignore
-    if config.bottleneck.weight == 0:
+    if config.bottleneck.weight == 0 and not frozen:
         silence_posterior(network)
     crops = measuring_data(config, data)
     measured, sample = measure_latents(network, crops, images)
@@ -90,9 +91,12 @@ def export_run(
         folded = {"mean": measured.channel_mean, "std": measured.channel_std}
         fold_statistics(network, **folded)
         measured, sample = measure_latents(network, crops, images)
-    network.register_to_config(**scaling_of(measured, statistics).to_config())
+    if statistics != "kept":
+        network.register_to_config(**scaling_of(measured, statistics).to_config())
     evidence = measure_precision(network, sample[:PRECISION_IMAGES])
-    network.register_to_config(force_upcast=evidence.force_upcast)
+    # A frozen encoder that needed it before may need it for other pictures than these few.
+    before = frozen and bool(network.config["force_upcast"])
+    network.register_to_config(force_upcast=before or evidence.force_upcast)
     if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
         network.register_to_config(sample_size=max(256, config.data.resolution))
     with whole_folder(out) as aside:
@@ -104,6 +108,8 @@ def export_run(
             "precision": evidence.to_json(),
             "license": license_name,
         }
+        if frozen:
+            record["latents_of"] = latents_of(network, str(config.network.path))
         judge = folder.checkpoint(progress["step"]) / "discriminator.safetensors"
         if judge.is_file():
             shutil.copyfile(judge, aside / judge.name)

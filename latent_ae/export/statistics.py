@@ -12,11 +12,19 @@ from latent_ae.autoencoder import encode_moments
 from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
 from latent_ae.config import Config, DataConfig
 from latent_ae.data import TrainingStream, normalize, source_of
+from latent_ae.errors import UserError
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
-__all__ = ["STATISTICS", "measure_latents", "measuring_data", "scaling_of", "silence_posterior"]
+__all__ = [
+    "STATISTICS",
+    "chosen_statistics",
+    "measure_latents",
+    "measuring_data",
+    "scaling_of",
+    "silence_posterior",
+]
 
-STATISTICS = ("scale", "shift", "channels", "folded")
+STATISTICS = ("scale", "shift", "channels", "folded", "kept")
 
 
 @torch.no_grad()
@@ -57,6 +65,25 @@ def measuring_data(config: Config, data: str | Path | None) -> DataConfig:
         return config.data
     source = source_of(data).model_dump()
     return config.data.model_copy(update=source)
+
+
+def chosen_statistics(config: Config, statistics: str | None) -> str:
+    """What to write, one of `STATISTICS`: what was asked for, or what fits the run.
+
+    Raises:
+        UserError: no such statistics, or not for this run.
+    """
+    if statistics is not None and statistics not in STATISTICS:
+        raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
+    frozen = config.network.freeze == "encoder"
+    if frozen and statistics not in (None, "kept"):
+        raise UserError(
+            f"statistics {statistics!r} would scale the latents anew, which the frozen encoder of "
+            "this run has left where they were; leave it out, or say `kept`"
+        )
+    if statistics == "kept" and config.network.path is None:
+        raise UserError("statistics 'kept': this run began with a new network, which had none")
+    return statistics or ("kept" if frozen else "scale")
 
 
 def scaling_of(measured: LatentStatistics, statistics: str) -> LatentScaling:

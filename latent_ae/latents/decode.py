@@ -11,11 +11,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from latent_ae.autoencoder import weights_sha256
 from latent_ae.data import to_uint8
 from latent_ae.errors import UserError
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.latents.dataset import LatentDataset
+from latent_ae.lineage import readable_latents
 
 __all__ = ["decode", "open_autoencoder"]
 
@@ -80,7 +80,7 @@ def open_autoencoder(
     record = dataset.manifest.autoencoder
     path = model or record.path
     frozen = FrozenAutoencoder(path, device, precision)
-    if weights_sha256(path) != record.weights_sha256:
+    if record.weights_sha256 not in readable_latents(path):
         raise UserError(
             f"{dataset.folder} was encoded by another autoencoder than the one at {path}"
         )

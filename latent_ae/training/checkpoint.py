@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary
-from latent_ae.autoencoder import WEIGHTS_FILE
+from latent_ae.autoencoder import WEIGHTS_FILE, trained_parameters
 from latent_ae.errors import UserError
 from latent_ae.losses import save_discriminator
 from latent_ae.processes import from_main
@@ -92,7 +92,7 @@ class Checkpoint:
 
     def _whole_state(self) -> dict[str, Any]:
         """All that is the same on every process; a collective where the run is sharded."""
-        trained = {n: p for n, p in self.objective.named_parameters() if p.requires_grad}
+        trained = trained_parameters(self.objective)
         state = {
             "network": self.network.state_dict(),
             "ema": averaged_state(self.network, self.ema) if self.ema else None,
@@ -186,9 +186,8 @@ def _load_moments(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def averaged_state(network: nn.Module, ema: EMAModel) -> dict[str, Tensor]:
-    """The averaged weights under the network's parameter names."""
-    names = [name for name, _ in network.named_parameters()]
-    return dict(zip(names, ema.shadow_params, strict=True))
+    """The averaged weights under the network's parameter names; frozen ones have no average."""
+    return dict(zip(trained_parameters(network), ema.shadow_params, strict=True))
 
 
 def _averages(adversary: Adversary | None) -> dict[str, Tensor]:

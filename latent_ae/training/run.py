@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary, shape_of_discriminator
-from latent_ae.autoencoder import Autoencoder, require_divisible
+from latent_ae.autoencoder import Autoencoder, require_divisible, trained_parameters
 from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
@@ -178,8 +178,12 @@ def prepare(config: Config) -> Run:
     # DDP refuses a module that has nothing to train: without a learned variance, only autocast.
     fixed = not any(p.requires_grad for p in objective.parameters())
     objective = accelerator.prepare_model(objective, evaluation_mode=fixed)
-    trained = [*network.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
-    optimizer = _adam(trained, config.training, config.training.betas)
+    learning = list(trained_parameters(network).values())
+    optimizer = _adam(
+        [*learning, *trained_parameters(objective).values()],
+        config.training,
+        config.training.betas,
+    )
     discriminator_optimizer = None
     if adversary is not None and config.adversary is not None:
         adversary = accelerator.prepare_model(adversary)
@@ -187,7 +191,7 @@ def prepare(config: Config) -> Run:
         discriminator_optimizer = _adam(judged, config.training, config.adversary.betas)
     ema = None
     if config.training.ema:
-        ema = EMAModel(network.parameters(), decay=config.training.ema, foreach=True)
+        ema = EMAModel(learning, decay=config.training.ema, foreach=True)
     run = Run(
         config,
         folder,
@@ -248,7 +252,7 @@ def _adam(
 ) -> torch.optim.Optimizer:
     # Fused: its kernel reads the flag that skips an update, without the host.
     return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
+        parameters,
         lr=training.learning_rate,
         betas=betas,
         weight_decay=training.weight_decay,

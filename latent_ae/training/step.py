@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from latent_ae.adversary import adaptive_weight
+from latent_ae.autoencoder import trained_parameters
 from latent_ae.data import Batch, normalize
 from latent_ae.training.guard import poison
 from latent_ae.training.run import Run
@@ -159,7 +160,8 @@ def _average(ema: EMAModel, network: AutoencoderKL) -> None:
     """`EMAModel.step` in one pass over the weights instead of three."""
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-    torch._foreach_lerp_(ema.shadow_params, list(network.parameters()), 1 - ema.cur_decay_value)
+    weights: list[Tensor] = [*trained_parameters(network).values()]
+    torch._foreach_lerp_(ema.shadow_params, weights, 1 - ema.cur_decay_value)
 
 
 def _set_rates(run: Run) -> None:

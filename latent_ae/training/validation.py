@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL
 
-from latent_ae.autoencoder import full_precision, reconstruct
+from latent_ae.autoencoder import full_precision, reconstruct, trained_parameters
 from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
@@ -34,7 +34,9 @@ def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
     """
     network, main = run.network, run.accelerator.is_main_process
     if run.sharded:
-        state = averaged_state(network, run.ema) if run.ema else network.state_dict()
+        state = network.state_dict()
+        if run.ema is not None:
+            state |= averaged_state(network, run.ema)
         state = whole(state, keep=main)  # every process gathers
         if main:
             with torch.device("meta"):  # nothing is drawn: the random state stays
@@ -46,12 +48,13 @@ def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
     if run.ema is None:
         yield network
         return
-    run.ema.store(network.parameters())
-    run.ema.copy_to(network.parameters())
+    averaged = list(trained_parameters(network).values())
+    run.ema.store(averaged)
+    run.ema.copy_to(averaged)
     try:
         yield network
     finally:
-        run.ema.restore(network.parameters())
+        run.ema.restore(averaged)
 
 
 def validate(run: Run) -> dict[str, float]:
