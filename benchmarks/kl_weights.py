@@ -12,11 +12,7 @@ and docs/kl-weights-prior.jpg (draws from N(0, I), decoded).
 """
 
 import json
-import os
-import platform
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +20,8 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from small_runs import ROOT, mean, provenance, train_autoencoder
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "pipelines"))
 
 WEIGHTS = (1e-4, 4.6e-4, 2.2e-3, 1e-2)
@@ -45,7 +41,9 @@ def main(
     for name, folder, seed in (("crops", photos, 0), ("held_out_crops", held_out, 1)):
         cut_crops(folder, runs / name, seed)
     for weight in WEIGHTS:
-        train_autoencoder(runs / f"{weight:g}", weight, photos, steps)
+        # With L2 the weight is twice the decoder's variance.
+        settings = [f"bottleneck.weight={weight}", "losses={pixel: l2}"]
+        train_autoencoder(runs / f"{weight:g}", photos, steps, settings)
         train_denoiser(runs / f"{weight:g}", runs / "crops", denoiser_steps)
     if only_train:
         return
@@ -71,24 +69,6 @@ def cut_crops(photos, out, seed):
             crop = picture.crop((left, top, left + SIDE, top + SIDE))
             crop.save(aside / f"{file.stem}-{i}.png")
     aside.rename(out)
-
-
-def train_autoencoder(run, weight, photos, steps):
-    from latent_ae import export_run, load_config, train
-
-    if (run / "autoencoder").exists():
-        return
-    settings = [
-        f"data.path={photos}",
-        "data.workers=0",
-        f"bottleneck.weight={weight}",
-        "losses={pixel: l2}",  # with which the weight is twice the decoder's variance
-        f"training.steps={steps}",
-        "validation=null",
-        f"output={run / 'training'}",
-    ]
-    train(load_config(ROOT / "configs/quickstart.yaml", settings))
-    export_run(run / "training", run / "autoencoder", images=512)
 
 
 def train_denoiser(run, crops, steps):
@@ -216,11 +196,6 @@ def drawn(run, crops):
     return {f"frechet {name}": distance.compute(name).distance for name in named}
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def tell(rows, steps, denoiser_steps):
     """The table, and the two sheets."""
     lines = {
@@ -246,8 +221,7 @@ def tell(rows, steps, denoiser_steps):
     for title, cell in lines.items():
         print(f"| {title} | {' | '.join(cell(row) for row in rows)} |")
     print(f"\nother crops of the same photographs: {rows[0]['frechet other crops']:.2f}")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores {platform.machine()}, {packages}")
+    print(provenance())
 
 
 def sheets(runs):

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
 from latent_ae.config import AdversaryConfig, Config
+from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
 
 __all__ = ["describe"]
@@ -88,11 +89,16 @@ def _adversary(config: AdversaryConfig, run: Config) -> str:
 
 
 def _loss(config: Config) -> str:
-    losses, text = config.losses, f"mean {config.losses.pixel}"
+    losses = config.losses
+    text = f"mean {losses.pixel}{'_c' if losses.variance == 'per_channel' else ''}"
     if losses.perceptual:
         text += f" + {losses.perceptual.weight:g} · LPIPS ({losses.perceptual.net})"
-    if losses.variance == "learned":
-        text = f"({text}) / exp(s) + s"
+    text = {
+        "fixed": text,
+        "learned": f"({text}) / exp(s) + s",
+        "per_channel": f"mean over channels c of ({text}) / exp(s_c) + s_c",
+        "optimal": f"log({text}) + 1",
+    }[losses.variance]
     kl = config.bottleneck.weight and config.network.freeze == "nothing"
     return text + " + λ · KL / (C·H·W)" if kl else text
 
@@ -102,12 +108,18 @@ def _frozen(config: Config) -> str:
 
 
 def _weight(config: Config, values_per_element: float) -> str:
-    weight = config.bottleneck.weight
+    weight, losses = config.bottleneck.weight, config.losses
     if config.network.freeze == "encoder":
         return "without effect: the encoder is frozen, its KL is what it is"
     if weight == 0:
         return "0: a plain autoencoder, the code is the mean"
     text = f"{weight:g}; one nat a latent value costs {weight * values_per_element:.3g}"
-    if config.losses.pixel == "l2" and config.losses.variance == "fixed":
-        text += f"; as a Gaussian decoder, variance {weight / 2:.3g}"
+    if losses.variance == "fixed":
+        gaussian = losses.pixel == "l2"
+        return text + (f"; as a Gaussian decoder, variance {weight / 2:.3g}" if gaussian else "")
+    scale = "the distance" if losses.variance == "optimal" else "exp(s)"
+    text += f"; as a fixed weight, this times {scale}"
+    if exact := EXACT_WEIGHTS.get(losses.pixel):
+        where = " without LPIPS" if losses.perceptual else ""
+        text += f"; the exact bound of {losses.pixel}{where} has {exact:g}"
     return text

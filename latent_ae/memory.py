@@ -52,7 +52,8 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()
-        objective = Objective(config.losses, config.bottleneck, untrained=True)
+        channels = network.config["out_channels"]
+        objective = Objective(config.losses, config.bottleneck, channels=channels, untrained=True)
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}))
         side = config.data.resolution
         images = torch.empty(config.data.batch_size, 3, side, side)

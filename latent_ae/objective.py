@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from latent_ae.config import BottleneckConfig, LossesConfig
 from latent_ae.losses import PIXEL_LOSSES, PerceptualLoss
+from latent_ae.losses.variance import (
+    ROUNDING_ERRORS,
+    implied_weight,
+    learned_logvar,
+    optimal_logvar,
+    scaled_distance,
+)
 from latent_ae.outputs import Reconstruction
 
 __all__ = ["Losses", "Objective"]
@@ -25,23 +31,33 @@ class Losses:
 class Objective(nn.Module):
     """The negative ELBO divided by the number of image elements, with a perceptual term.
 
-    fixed variance:    pixel + w·LPIPS + λ·KL / (C·H·W)
-    learned variance:  (pixel + w·LPIPS) / exp(s) + s + λ·KL / (C·H·W)
+    fixed:        D + λ·KL / (C·H·W)                          D = pixel + w·LPIPS
+    learned:      (D + r) / exp(s) + s + λ·KL / (C·H·W)       one trained s
+    per_channel:  the mean of (D_c + r) / exp(s_c) + s_c, + λ·KL / (C·H·W)
+    optimal:      log(D + r) + 1 + λ·KL / (C·H·W)             the learned one at its best s
 
-    `pixel` is the mean over image elements, KL the sum over latent elements of an image, both then
-    the mean over the batch. With L2 and fixed variance, λ is twice the variance of the Gaussian
-    decoder; with the learned one s is its logarithm up to a factor and λ = 2 is the exact bound
-    (docs/theory.md). The learned s is LDM's `logvar` (`ldm/modules/losses/contperceptual.py`),
-    there left out of the optimizer; here it is this module's parameter.
+    `pixel` is the mean over image elements (D_c: of one channel), KL the sum over latent elements
+    of an image, both then the mean over the batch; r is the error of 8-bit rounding. With L2 and
+    fixed variance, λ is twice the variance of the Gaussian decoder; elsewhere s is its logarithm
+    and λ = 2 is the exact bound (docs/theory.md, docs/decoder-variance.md). LPIPS belongs to no
+    channel and stands in each D_c. The learned s is LDM's `logvar`
+    (`ldm/modules/losses/contperceptual.py`), there left out of the optimizer; here it is this
+    module's parameter.
 
     Args:
         losses: the reconstruction side.
         bottleneck: λ and its warm-up.
+        channels: of the pictures.
         untrained: leave LPIPS' weights random, where only shapes matter.
     """
 
     def __init__(
-        self, losses: LossesConfig, bottleneck: BottleneckConfig, *, untrained: bool = False
+        self,
+        losses: LossesConfig,
+        bottleneck: BottleneckConfig,
+        *,
+        channels: int = 3,
+        untrained: bool = False,
     ) -> None:
         super().__init__()
         self.pixel = PIXEL_LOSSES[losses.pixel]
@@ -53,9 +69,9 @@ class Objective(nn.Module):
         if losses.perceptual is not None:
             net, path = losses.perceptual.net, losses.perceptual.path
             self.perceptual = PerceptualLoss(net, path, untrained=untrained)
-        self.logvar: nn.Parameter | None = None
-        if losses.variance == "learned":
-            self.logvar = nn.Parameter(torch.tensor(float(losses.logvar_init)))
+        self.variance = losses.variance
+        self.rounding = ROUNDING_ERRORS[losses.pixel]
+        self.logvar = learned_logvar(losses.variance, channels, losses.logvar_init)
 
     def forward(self, images: Tensor, reconstruction: Reconstruction, step: int) -> Losses:
         """The losses of a batch.
@@ -65,21 +81,32 @@ class Objective(nn.Module):
             reconstruction: what the autoencoder made of them.
             step: optimizer updates done, for the warm-up of λ.
         """
-        pixel = self.pixel(images, reconstruction.images).mean()
-        terms = {self.pixel_name: pixel}
-        total = pixel
+        errors = self.pixel(images, reconstruction.images)
+        terms = {self.pixel_name: errors.mean()}
+        by_channel = self.variance == "per_channel"
+        total = errors.mean((0, 2, 3)) if by_channel else terms[self.pixel_name]
         if self.perceptual is not None:
             terms["lpips"] = self.perceptual(images, reconstruction.images).mean()
             total = total + self.perceptual_weight * terms["lpips"]
-        if self.logvar is not None:
-            total = total / self.logvar.exp() + self.logvar
-            terms["logvar"] = self.logvar
+        if self.variance != "fixed":
+            total, scale = self._calibrated(total + self.rounding, step)
+            terms |= scale
         elements = images[0].numel()
         for name, term in reconstruction.code.loss_terms.items():
             terms[name] = term.mean() / elements
             total = total + self.bottleneck_weight(step) * terms[name]
         terms |= {"total": total, **reconstruction.code.statistics}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
+
+    def _calibrated(self, distance: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distance in units of the decoder's variance, and what the log tells of that."""
+        logvar = optimal_logvar(distance) if self.logvar is None else self.logvar
+        terms = {"logvar": logvar.mean()}
+        if logvar.dim():
+            terms |= {f"logvar_{channel}": one for channel, one in enumerate(logvar)}
+        if self.weight:
+            terms["implied_weight"] = implied_weight(self.bottleneck_weight(step), logvar)
+        return scaled_distance(distance, logvar), terms
 
     def bottleneck_weight(self, step: int) -> float:
         """λ at a step: a linear rise over `warmup_steps`, then constant."""

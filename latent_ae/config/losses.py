@@ -29,7 +29,10 @@ class LossesConfig(Section):
     """Distance of pixels, the mean over image elements."""
     perceptual: PerceptualConfig | None = None
     """Left out: no perceptual term."""
-    variance: Literal["fixed", "learned"] = "fixed"
-    """`learned`: (pixel + w·LPIPS) / exp(s) + s with one trained scalar s (LDM's `logvar`)."""
+    variance: Literal["fixed", "learned", "per_channel", "optimal"] = "fixed"
+    """The decoder's: `learned` divides the distance by exp(s) and adds a trained scalar s (LDM's
+    `logvar`); `per_channel` trains an s for each image channel; `optimal` takes the best s of each
+    batch, the logarithm of its distance (Rybkin et al. 2021). With these a `bottleneck.weight` of 2
+    (L2) or 1 (L1) is the exact bound, and the 1e-6 of a fixed variance next to nothing."""
     logvar_init: float = 0.0
-    """Where s starts."""
+    """Where a trained s starts; it moves by about the learning rate a step."""

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["RunLog"]
 
 # What a person follows; log.jsonl has the rest.
-_SHOWN = ("total", "l1", "l2", "charbonnier", "lpips", "kl", "logvar", "adversarial", "d_accuracy")
+_SHOWN = ("total", "l1", "l2", "charbonnier", "lpips", "kl", "logvar", "implied_weight")
+_SHOWN += ("adversarial", "d_accuracy")
 
 
 class RunLog:

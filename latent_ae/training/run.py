@@ -167,7 +167,8 @@ def prepare(config: Config) -> Run:
     _check(config, model.network)
     if not folder.all_checkpoints():
         _initialize(config, model.network)
-    objective = Objective(config.losses, config.bottleneck)
+    channels = model.network.config["out_channels"]
+    objective = Objective(config.losses, config.bottleneck, channels=channels)
     adversary = rule = Adversary(config.adversary) if config.adversary else None
     if config.training.channels_last:
         for part in (objective, adversary):  # or LPIPS would copy every picture back
