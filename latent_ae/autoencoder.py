@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latent_ae.bottlenecks import build_bottleneck, split_moments
 from latent_ae.config import AutoencoderConfig, NetworkConfig
 from latent_ae.errors import UserError
+from latent_ae.losses import Draw, GradientShare
 from latent_ae.outputs import Reconstruction
 
 __all__ = [
@@ -221,12 +222,16 @@ class Autoencoder(nn.Module):
 
     Training calls `forward` only: under DistributedDataParallel, the `encode` and `decode` of the
     unwrapped module would skip the synchronisation of gradients.
+
+    Attributes:
+        share: where the latents part for decoder and alignment; None without such a loss.
     """
 
     def __init__(self, network: AutoencoderKL, bottleneck: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.bottleneck = bottleneck
+        self.share: GradientShare | None = None
 
     @classmethod
     def from_config(cls, config: AutoencoderConfig) -> Autoencoder:
@@ -239,7 +244,18 @@ class Autoencoder(nn.Module):
         parts = [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
         return [part for part in parts if part is not None]  # pyright: ignore
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
+    def forward(self, images: Tensor, draw: Draw | None = None) -> Reconstruction:
+        """Maps images to their `Reconstruction`, in fp32.
+
+        Args:
+            images: of shape (B, 3, H, W), in [-1, 1].
+            draw: how the latents, and the pictures that they are to become, are transformed.
+        """
         code = self.bottleneck(encode_moments(self.network, images))
-        return Reconstruction(decode_latents(self.network, code.latents).float(), code)
+        latents, target = code.latents, images
+        if self.share is not None:
+            latents, code.latents = self.share.split(latents)
+        if draw is not None and draw.kind == "transformed":
+            target = draw.pictures(images, images.shape[-1] // latents.shape[-1])
+            latents = draw.latents(latents)
+        return Reconstruction(decode_latents(self.network, latents).float(), code, target)

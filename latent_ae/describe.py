@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
-from latent_ae.config import AdversaryConfig, Config
+from latent_ae.config import AdversaryConfig, Config, LossesConfig
 from latent_ae.memory import training_memory
 
 __all__ = ["describe"]
@@ -92,7 +92,22 @@ def _loss(config: Config) -> str:
         text += f" + {losses.perceptual.weight:g} · LPIPS ({losses.perceptual.net})"
     if losses.variance == "learned":
         text = f"({text}) / exp(s) + s"
-    return text + " + λ · KL / (C·H·W)" if config.bottleneck.weight else text
+    if config.bottleneck.weight:
+        text += " + λ · KL / (C·H·W)"
+    return text + _regularisers(losses)
+
+
+def _regularisers(losses: LossesConfig) -> str:
+    text, alignment, equivariance = "", losses.alignment, losses.equivariance
+    if alignment:
+        adaptive = " × the adaptive weight" if alignment.adaptive else ""
+        text += f" + {alignment.weight:g}{adaptive} · alignment with {alignment.model}"
+    if equivariance:
+        scaled = equivariance.scales and "scaled by {:g} to {:g}".format(*equivariance.scales)
+        turned = "turned" if equivariance.rotate else None
+        what = " and ".join(filter(None, (scaled, turned)))
+        text += f"; in {equivariance.probability:.0%} of the steps latents are {what}"
+    return text
 
 
 def _weight(config: Config, values_per_element: float) -> str:

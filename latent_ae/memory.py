@@ -48,7 +48,10 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()
-        objective = Objective(config.losses, config.bottleneck, untrained=True)
+        channels = network.config["latent_channels"]
+        objective = Objective(
+            config.losses, config.bottleneck, latent_channels=channels, untrained=True
+        )
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}))
         side = config.data.resolution
         images = torch.empty(config.data.batch_size, 3, side, side)
@@ -66,6 +69,8 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         memory["discriminator"] = 4 * _bytes(judge)
     if objective.perceptual is not None:
         memory["LPIPS"] = _bytes(objective.perceptual)
+    if objective.alignment is not None:
+        memory["vision model"] = _bytes(objective.alignment)
     return memory
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from latent_ae.config import BottleneckConfig, LossesConfig
-from latent_ae.losses import PIXEL_LOSSES, PerceptualLoss
+from latent_ae.losses import PIXEL_LOSSES, Alignment, PerceptualLoss
 from latent_ae.outputs import Reconstruction
 
 __all__ = ["Losses", "Objective"]
@@ -34,14 +34,23 @@ class Objective(nn.Module):
     (docs/theory.md). The learned s is LDM's `logvar` (`ldm/modules/losses/contperceptual.py`),
     there left out of the optimizer; here it is this module's parameter.
 
+    An alignment adds weight · (cosine + distance). With its adaptive weight it adds the plain sum,
+    as `GradientShare` weighs the gradients; that sum is not in the `total` of the terms.
+
     Args:
         losses: the reconstruction side.
         bottleneck: λ and its warm-up.
-        untrained: leave LPIPS' weights random, where only shapes matter.
+        latent_channels: c, which an alignment projects.
+        untrained: leave frozen networks' weights random, where only shapes matter.
     """
 
     def __init__(
-        self, losses: LossesConfig, bottleneck: BottleneckConfig, *, untrained: bool = False
+        self,
+        losses: LossesConfig,
+        bottleneck: BottleneckConfig,
+        *,
+        latent_channels: int | None = None,
+        untrained: bool = False,
     ) -> None:
         super().__init__()
         self.pixel = PIXEL_LOSSES[losses.pixel]
@@ -56,20 +65,25 @@ class Objective(nn.Module):
         self.logvar: nn.Parameter | None = None
         if losses.variance == "learned":
             self.logvar = nn.Parameter(torch.tensor(float(losses.logvar_init)))
+        self.alignment: Alignment | None = None
+        if losses.alignment is not None:
+            assert latent_channels is not None, "an alignment needs the number of channels"
+            self.alignment = Alignment(losses.alignment, latent_channels, untrained=untrained)
 
     def forward(self, images: Tensor, reconstruction: Reconstruction, step: int) -> Losses:
         """The losses of a batch.
 
         Args:
-            images: the targets, of shape (B, C, H, W), in [-1, 1].
+            images: that were encoded, of shape (B, C, H, W), in [-1, 1].
             reconstruction: what the autoencoder made of them.
             step: optimizer updates done, for the warm-up of λ.
         """
-        pixel = self.pixel(images, reconstruction.images).mean()
+        target = images if reconstruction.target is None else reconstruction.target
+        pixel = self.pixel(target, reconstruction.images).mean()
         terms = {self.pixel_name: pixel}
         total = pixel
         if self.perceptual is not None:
-            terms["lpips"] = self.perceptual(images, reconstruction.images).mean()
+            terms["lpips"] = self.perceptual(target, reconstruction.images).mean()
             total = total + self.perceptual_weight * terms["lpips"]
         if self.logvar is not None:
             total = total / self.logvar.exp() + self.logvar
@@ -79,6 +93,11 @@ class Objective(nn.Module):
             terms[name] = term.mean() / elements
             total = total + self.bottleneck_weight(step) * terms[name]
         terms |= {"total": total, **reconstruction.code.statistics}
+        if self.alignment is not None:
+            aligned = self.alignment(images, reconstruction.code.latents)
+            weight = 1.0 if self.alignment.config.adaptive else self.alignment.config.weight
+            total = total + weight * sum(aligned.values())
+            terms |= aligned if self.alignment.config.adaptive else aligned | {"total": total}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def bottleneck_weight(self, step: int) -> float:
