@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from latent_ae.errors import UserError
 
@@ -135,7 +136,9 @@ def _load(name: str, untrained: bool) -> tuple[Any, Any]:
     try:
         processor = AutoImageProcessor.from_pretrained(name)
         if untrained:
-            with no_init_weights():  # which looks at numbers, where there may be none
+            # Some models read numbers while they are built, which a count of memory has none of.
+            # Their weights are never written, so they take no memory in earnest.
+            with unset_fake_temporarily(), no_init_weights():
                 model: Any = AutoModel.from_config(AutoConfig.from_pretrained(name))
         else:
             model = AutoModel.from_pretrained(name, use_safetensors=True)  # never a pickle
