@@ -139,8 +139,8 @@ DEFECTS = [
     one(
         17,
         "objective.py",
-        "self.pixel(images, reconstruction.images).mean()",
-        "self.pixel(images, reconstruction.images).sum() / len(images)",
+        "self.pixel(target, reconstruction.images).mean()",
+        "self.pixel(target, reconstruction.images).sum() / len(images)",
         HERE + "17_losses_and_gradients_do_not_grow_with_the_picture",
     ),
     one(
