@@ -90,9 +90,9 @@ class Alignment(nn.Module):
 class GradientShare:
     """Gives the alignment's gradient at the latents the reconstruction's length, times a weight.
 
-    VA-VAE weighs by ‖∂L_rec/∂w‖ / ‖∂L_align/∂w‖, w being the encoder's last layer, which costs two
-    more backward passes through the decoder or encoder. Here the latents leave as two copies, one
-    for the decoder and one for the alignment. The backward pass brings both gradients back at the
+    VA-VAE weighs by ‖∂L_rec/∂w‖ / ‖∂L_align/∂w‖, w being the encoder's last layer, which costs a
+    second backward pass through decoder and LPIPS. Here the latents leave as two copies, one for
+    the decoder and one for the alignment. The backward pass brings both gradients back at the
     same time, and their sum goes on, so it costs no pass at all. Lengths are those at the latents,
     over the whole batch and all processes. What a discriminator wishes is in the decoder's share.
 

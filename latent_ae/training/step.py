@@ -13,7 +13,7 @@ from torch import Tensor
 from latent_ae.adversary import adaptive_weight
 from latent_ae.autoencoder import downsampling
 from latent_ae.data import Batch, normalize
-from latent_ae.losses import Draw
+from latent_ae.losses import PIXEL_LOSSES, Draw
 from latent_ae.training.guard import poison
 from latent_ae.training.run import Run
 from latent_ae.training.schedule import learning_rate
@@ -95,14 +95,19 @@ def _accumulate(run: Run, images: Tensor, draw: Draw | None = None) -> dict[str,
 
 
 def _named(terms: dict[str, Tensor], draw: Draw | None) -> dict[str, Tensor]:
-    """The losses of plain steps under their names; those of other pictures apart, with shares."""
+    """The terms for the log, those measured on other pictures apart, and how often there are any.
+
+    Beside transformed latents, the picture and its code are as in any step.
+    """
     if draw is None:
         return terms
-    if draw.kind != "plain":
-        terms = {f"{name}_{draw.kind}": value for name, value in terms.items()}
-    some = next(iter(terms.values()))
-    shares = {f"share_{kind}": float(draw.kind == kind) for kind in ("transformed", "small")}
-    return terms | {name: torch.full_like(some, share) for name, share in shares.items()}
+    apart = {"plain": set(), "transformed": {*PIXEL_LOSSES, "lpips", "total"}, "small": {*terms}}
+    names = {name: f"{name}_{draw.kind}" for name in apart[draw.kind]}
+    shares = {
+        f"share_{kind}": torch.full_like(terms["total"], draw.kind == kind)
+        for kind in ("transformed", "small")
+    }
+    return {names.get(name, name): value for name, value in terms.items()} | shares
 
 
 def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
