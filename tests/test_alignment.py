@@ -156,7 +156,7 @@ def test_what_gives_no_map_is_refused_in_one_sentence(tmp_path, vit, monkeypatch
         VisionModel(str(save_vision_model(tmp_path / "mae", "mae")))
     with pytest.raises(UserError, match="32 pixels with a single feature"):
         VisionModel(str(save_vision_model(tmp_path / "convnext", "convnext", side=32)))
-    with pytest.raises(UserError, match="is no folder, and .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(UserError, match=r"is no folder, and .*HF_HUB_OFFLINE is set"):
         VisionModel("nobody/nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty cannot be loaded .*it needs config\.json"):

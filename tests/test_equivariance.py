@@ -108,7 +108,7 @@ def test_bad_keys_are_told(tiny):
         build(scales=[0.5, 1.5])
     with pytest.raises(UserError, match="there is no transform"):
         build(scales=None, rotate=False)
-    with pytest.raises(UserError, match="too small for losses.equivariance.scales"):
+    with pytest.raises(UserError, match=r"too small for losses\.equivariance\.scales"):
         prepare(build())  # 32 pixels, which LPIPS needs
 
 
