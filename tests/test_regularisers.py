@@ -56,10 +56,16 @@ def test_a_resumed_run_ends_bit_equal(build, quiet):
     assert untimed(again.output) == log
 
 
-def test_two_processes_equal_one(build, quiet, tmp_path):
+@pytest.fixture(scope="module")
+def alone(build, quiet):
+    """One process, batches of 4, the code deterministic: what two of 2 must come to."""
+    return train(build("one", batch_size=4, weight=0), quiet)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(build, alone, tmp_path, shard):
     """The share's lengths are those of the whole batch, the draws those of all processes."""
-    one = train(build("one", batch_size=4, weight=0), quiet)
-    config = build("two", batch_size=2, weight=0)
+    one, config = alone, build("two", batch_size=2, weight=0, shard=shard)
     launch(config, tmp_path / "two.yaml")
     assert_same_weights(one, Path(config.output), 4, WEIGHTS, rtol=1e-3, atol=1e-4)
     for a, b in zip(rows(one, "train"), rows(config.output, "train"), strict=True):

@@ -26,7 +26,7 @@ from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
 from latent_ae.training.processes import claim_folder, start_accelerator
-from latent_ae.training.sharding import shard_
+from latent_ae.training.sharding import alike, shard_
 
 __all__ = ["Run", "prepare"]
 
@@ -256,7 +256,7 @@ def _adam(
 ) -> torch.optim.Optimizer:
     # Fused: its kernel reads the flag that skips an update, without the host.
     return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
+        [{"params": kind} for kind in alike(p for p in parameters if p.requires_grad)],
         lr=training.learning_rate,
         betas=betas,
         weight_decay=training.weight_decay,
