@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from latent_ae.bottlenecks import build_bottleneck, split_moments
 from latent_ae.config import AutoencoderConfig, NetworkConfig
 from latent_ae.errors import UserError
-from latent_ae.outputs import Reconstruction
+from latent_ae.losses import Draw, GradientShare
+from latent_ae.outputs import Code, Reconstruction
 
 __all__ = [
     "Autoencoder",
@@ -241,6 +242,9 @@ class Autoencoder(nn.Module):
         bottleneck: from what it encodes to a `Code`.
         freeze_encoder: train the decoder alone. The encoder then runs without a graph, and the
             bottleneck's losses, which nothing could lower, are left out.
+
+    Attributes:
+        share: where the latents part for decoder and alignment; None without such a loss.
     """
 
     def __init__(
@@ -249,6 +253,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.network = network
         self.bottleneck = bottleneck
+        self.share: GradientShare | None = None
         self.encoder_frozen = freeze_encoder
         if freeze_encoder:
             for part in encoder_side(network):
@@ -269,11 +274,25 @@ class Autoencoder(nn.Module):
         parts = [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
         return [part for part in parts if part is not None]  # pyright: ignore
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
-        if self.encoder_frozen:
-            with torch.no_grad():
-                code = replace(self.bottleneck(encode_moments(self.network, images)), loss_terms={})
-        else:
+    def forward(self, images: Tensor, draw: Draw | None = None) -> Reconstruction:
+        """Maps images to their `Reconstruction`, in fp32.
+
+        Args:
+            images: of shape (B, 3, H, W), in [-1, 1].
+            draw: how the latents, and the pictures that they are to become, are transformed.
+        """
+        code = self._encode(images)
+        latents, target = code.latents, images
+        if self.share is not None:
+            latents, code.latents = self.share.split(latents)
+        if draw is not None and draw.kind == "transformed":
+            target = draw.pictures(images, images.shape[-1] // latents.shape[-1])
+            latents = draw.latents(latents)
+        return Reconstruction(decode_latents(self.network, latents).float(), code, target)
+
+    def _encode(self, images: Tensor) -> Code:
+        if not self.encoder_frozen:
+            return self.bottleneck(encode_moments(self.network, images))
+        with torch.no_grad():
             code = self.bottleneck(encode_moments(self.network, images))
-        return Reconstruction(decode_latents(self.network, code.latents).float(), code)
+        return replace(code, loss_terms={})

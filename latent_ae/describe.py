@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
-from latent_ae.config import AdversaryConfig, Config
+from latent_ae.config import AdversaryConfig, Config, LossesConfig
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
 
@@ -99,12 +99,26 @@ def _loss(config: Config) -> str:
         "per_channel": f"mean over channels c of ({text}) / exp(s_c) + s_c",
         "optimal": f"log({text}) + 1",
     }[losses.variance]
-    kl = config.bottleneck.weight and config.network.freeze == "nothing"
-    return text + " + λ · KL / (C·H·W)" if kl else text
+    if config.bottleneck.weight and config.network.freeze == "nothing":
+        text += " + λ · KL / (C·H·W)"
+    return text + _regularisers(losses)
 
 
 def _frozen(config: Config) -> str:
     return "; the decoder's alone learn" if config.network.freeze == "encoder" else ""
+
+
+def _regularisers(losses: LossesConfig) -> str:
+    text, alignment, equivariance = "", losses.alignment, losses.equivariance
+    if alignment:
+        adaptive = " × the adaptive weight" if alignment.adaptive else ""
+        text += f" + {alignment.weight:g}{adaptive} · alignment with {alignment.model}"
+    if equivariance:
+        scaled = equivariance.scales and "scaled by {:g} to {:g}".format(*equivariance.scales)
+        turned = "turned" if equivariance.rotate else None
+        what = " and ".join(filter(None, (scaled, turned)))
+        text += f"; in {equivariance.probability:.0%} of the steps latents are {what}"
+    return text
 
 
 def _weight(config: Config, values_per_element: float) -> str:

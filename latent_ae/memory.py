@@ -52,8 +52,13 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()
-        channels = network.config["out_channels"]
-        objective = Objective(config.losses, config.bottleneck, channels=channels, untrained=True)
+        objective = Objective(
+            config.losses,
+            config.bottleneck,
+            channels=network.config["out_channels"],
+            latent_channels=network.config["latent_channels"],
+            untrained=True,
+        )
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}))
         side = config.data.resolution
         images = torch.empty(config.data.batch_size, 3, side, side)
@@ -71,6 +76,8 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         memory["discriminator"] = 4 * _bytes(judge)
     if objective.perceptual is not None:
         memory["LPIPS"] = _bytes(objective.perceptual)
+    if objective.alignment is not None:
+        memory["vision model"] = _bytes(objective.alignment)
     return memory
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from latent_ae.config import BottleneckConfig, LossesConfig
-from latent_ae.losses import PIXEL_LOSSES, PerceptualLoss
+from latent_ae.losses import PIXEL_LOSSES, Alignment, PerceptualLoss
 from latent_ae.losses.variance import (
     ROUNDING_ERRORS,
     implied_weight,
@@ -44,11 +44,15 @@ class Objective(nn.Module):
     (`ldm/modules/losses/contperceptual.py`), there left out of the optimizer; here it is this
     module's parameter.
 
+    An alignment adds weight · (cosine + distance). With its adaptive weight it adds the plain sum,
+    as `GradientShare` weighs the gradients; that sum is not in the `total` of the terms.
+
     Args:
         losses: the reconstruction side.
         bottleneck: λ and its warm-up.
         channels: of the pictures.
-        untrained: leave LPIPS' weights random, where only shapes matter.
+        latent_channels: c, which an alignment projects.
+        untrained: leave frozen networks' weights random, where only shapes matter.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Objective(nn.Module):
         bottleneck: BottleneckConfig,
         *,
         channels: int = 3,
+        latent_channels: int | None = None,
         untrained: bool = False,
     ) -> None:
         super().__init__()
@@ -72,21 +77,26 @@ class Objective(nn.Module):
         self.variance = losses.variance
         self.rounding = ROUNDING_ERRORS[losses.pixel]
         self.logvar = learned_logvar(losses.variance, channels, losses.logvar_init)
+        self.alignment: Alignment | None = None
+        if losses.alignment is not None:
+            assert latent_channels is not None, "an alignment needs the number of channels"
+            self.alignment = Alignment(losses.alignment, latent_channels, untrained=untrained)
 
     def forward(self, images: Tensor, reconstruction: Reconstruction, step: int) -> Losses:
         """The losses of a batch.
 
         Args:
-            images: the targets, of shape (B, C, H, W), in [-1, 1].
+            images: that were encoded, of shape (B, C, H, W), in [-1, 1].
             reconstruction: what the autoencoder made of them.
             step: optimizer updates done, for the warm-up of λ.
         """
-        errors = self.pixel(images, reconstruction.images)
+        target = images if reconstruction.target is None else reconstruction.target
+        errors = self.pixel(target, reconstruction.images)
         terms = {self.pixel_name: errors.mean()}
         by_channel = self.variance == "per_channel"
         total = errors.mean((0, 2, 3)) if by_channel else terms[self.pixel_name]
         if self.perceptual is not None:
-            terms["lpips"] = self.perceptual(images, reconstruction.images).mean()
+            terms["lpips"] = self.perceptual(target, reconstruction.images).mean()
             total = total + self.perceptual_weight * terms["lpips"]
         if self.variance != "fixed":
             total, scale = self._calibrated(total + self.rounding, step)
@@ -96,6 +106,11 @@ class Objective(nn.Module):
             terms[name] = term.mean() / elements
             total = total + self.bottleneck_weight(step) * terms[name]
         terms |= {"total": total, **reconstruction.code.statistics}
+        if self.alignment is not None:
+            aligned = self.alignment(images, reconstruction.code.latents)
+            weight = 1.0 if self.alignment.config.adaptive else self.alignment.config.weight
+            total = total + weight * sum(aligned.values())
+            terms |= aligned if self.alignment.config.adaptive else aligned | {"total": total}
         return Losses(total, {name: term.detach() for name, term in terms.items()})
 
     def _calibrated(self, distance: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -34,8 +34,10 @@ class Reconstruction:
 
     Attributes:
         images: of shape (B, C, H, W), nominally in [-1, 1], not clamped.
-        code: the latents they were decoded from.
+        code: the latents they were decoded from, before any transform of them.
+        target: the pictures that they are to equal; the encoded ones when None.
     """
 
     images: Tensor
     code: Code
+    target: Tensor | None = None

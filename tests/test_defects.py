@@ -34,15 +34,15 @@ DEFECTS = [
     one(
         1,
         "objective.py",
-        "self.perceptual(images, reconstruction.images)",
-        "self.perceptual(images, reconstruction.images.detach())",
+        "self.perceptual(target, reconstruction.images)",
+        "self.perceptual(target, reconstruction.images.detach())",
         HERE + "01_lpips_trains",
     ),
     one(
         2,
         STEP,
-        "run.autoencoder(images)",
-        'getattr(run.autoencoder, "module", run.autoencoder)(images)',
+        "run.autoencoder(images, draw)",
+        'getattr(run.autoencoder, "module", run.autoencoder)(images, draw)',
         HERE + "02_training_enters_by_the_wrapped_forward",
     ),
     one(
@@ -140,8 +140,8 @@ DEFECTS = [
     one(
         17,
         "objective.py",
-        "self.pixel(images, reconstruction.images).mean()",
-        "self.pixel(images, reconstruction.images).sum() / len(images)",
+        "self.pixel(target, reconstruction.images).mean()",
+        "self.pixel(target, reconstruction.images).sum() / len(images)",
         HERE + "17_losses_and_gradients_do_not_grow_with_the_picture",
     ),
     one(

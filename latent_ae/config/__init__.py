@@ -3,7 +3,12 @@
 from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
 from latent_ae.config.encoding import EncodingSource, Preprocessing, Storage
-from latent_ae.config.losses import LossesConfig, PerceptualConfig
+from latent_ae.config.losses import (
+    AlignmentConfig,
+    EquivarianceConfig,
+    LossesConfig,
+    PerceptualConfig,
+)
 from latent_ae.config.model import AutoencoderConfig, BottleneckConfig, NetworkConfig
 from latent_ae.config.protocol import PROTOCOLS, Protocol
 from latent_ae.config.run import Config
@@ -14,12 +19,14 @@ __all__ = [
     "PROTOCOLS",
     "SMALLEST_MEASURED",
     "AdversaryConfig",
+    "AlignmentConfig",
     "AutoencoderConfig",
     "BottleneckConfig",
     "Config",
     "DataConfig",
     "DiscriminatorConfig",
     "EncodingSource",
+    "EquivarianceConfig",
     "LossesConfig",
     "NetworkConfig",
     "PerceptualConfig",

@@ -26,6 +26,15 @@ class Config(AutoencoderConfig):
     """The run's folder: checkpoints, logs, pictures."""
 
     @model_validator(mode="after")
+    def _movable(self) -> Config:
+        if self.network.freeze == "encoder" and self.losses.alignment:
+            raise ValueError(
+                "losses.alignment moves latents, which network.freeze: encoder leaves where they "
+                "are: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _divisible(self) -> Config:
         sizes = {"data.resolution": self.data.resolution}
         if self.validation and self.validation.resolution:

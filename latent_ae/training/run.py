@@ -14,18 +14,24 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary, shape_of_discriminator
-from latent_ae.autoencoder import Autoencoder, require_divisible, trained_parameters
-from latent_ae.config import Config, TrainingConfig
+from latent_ae.autoencoder import (
+    Autoencoder,
+    downsampling,
+    require_divisible,
+    trained_parameters,
+)
+from latent_ae.config import SMALLEST_MEASURED, Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
+from latent_ae.losses import Equivariance, GradientShare
 from latent_ae.objective import Objective
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
 from latent_ae.training.processes import claim_folder, start_accelerator
-from latent_ae.training.sharding import shard_
+from latent_ae.training.sharding import alike, shard_
 
 __all__ = ["Run", "prepare"]
 
@@ -53,6 +59,8 @@ class Run:
     last_input: LastInput
     guard: Guard
     sharded: bool
+    share: GradientShare | None = None
+    equivariance: Equivariance | None = None
     stream: TrainingStream = None  # pyright: ignore  # opened where the restored run stands
     step: int = 0
     images: int = 0
@@ -167,8 +175,15 @@ def prepare(config: Config) -> Run:
     _check(config, model.network)
     if not folder.all_checkpoints():
         _initialize(config, model.network)
-    channels = model.network.config["out_channels"]
-    objective = Objective(config.losses, config.bottleneck, channels=channels)
+    shape = model.network.config
+    objective = Objective(
+        config.losses,
+        config.bottleneck,
+        channels=shape["out_channels"],
+        latent_channels=shape["latent_channels"],
+    )
+    alignment = config.losses.alignment
+    model.share = GradientShare(alignment.weight) if alignment and alignment.adaptive else None
     adversary = rule = Adversary(config.adversary) if config.adversary else None
     if config.training.channels_last:
         for part in (objective, adversary):  # or LPIPS would copy every picture back
@@ -208,6 +223,8 @@ def prepare(config: Config) -> Run:
         last_input,
         Guard(accelerator.device),
         _sharded(config.training, accelerator),
+        model.share,
+        _equivariance(config, network),
     )
     # Each process draws its own posterior noise; the seed of a fresh run, the state of a resumed.
     torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
@@ -253,7 +270,7 @@ def _adam(
 ) -> torch.optim.Optimizer:
     # Fused: its kernel reads the flag that skips an update, without the host.
     return torch.optim.AdamW(
-        parameters,
+        [{"params": kind} for kind in alike(parameters)],
         lr=training.learning_rate,
         betas=betas,
         weight_decay=training.weight_decay,
@@ -282,3 +299,18 @@ def _check(config: Config, network: AutoencoderKL) -> None:
         require_one_readable(config.validation)
     if config.adversary is not None:
         shape_of_discriminator(config.adversary, config.data.resolution)
+    equivariance = _equivariance(config, network)
+    if equivariance is not None:
+        equivariance.require_room(config.data.resolution)
+
+
+def _equivariance(config: Config, network: AutoencoderKL) -> Equivariance | None:
+    """What draws the transforms, with the smallest pictures that the losses can take."""
+    if config.losses.equivariance is None:
+        return None
+    smallest = SMALLEST_MEASURED if config.losses.perceptual else 1
+    if config.adversary is not None:
+        judge = shape_of_discriminator(config.adversary, config.data.resolution)
+        smallest = max(smallest, judge.smallest_side)
+    seed, factor = config.training.seed, downsampling(network)
+    return Equivariance(config.losses.equivariance, seed, factor, smallest)

@@ -7,6 +7,7 @@ call it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latent_ae.autoencoder import Autoencoder
 
-__all__ = ["clip_gradients", "fill_", "like_parameters", "shard_", "whole"]
+__all__ = ["alike", "clip_gradients", "fill_", "like_parameters", "shard_", "whole"]
 
 
 def shard_(model: Autoencoder, device: torch.device, world: int) -> None:
@@ -72,10 +73,27 @@ def like_parameters(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     return {**state, "state": moments}
 
 
+def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The sharded ones, then the others: torch's kernels for many tensors take one kind at a time.
+
+    The objective's parameters are never sharded, and come last in any case.
+    """
+    parameters = list(parameters)
+    kinds = [
+        [p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (True, False)
+    ]
+    return [kind for kind in kinds if kind]
+
+
 def clip_gradients(optimizer: Any, largest: float) -> Tensor:
     """Scales an optimizer's gradients to at most this length, in place; returns what it was."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), largest)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    kinds = alike(p for p in parameters_of(optimizer) if p.grad is not None)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds]  # pyright: ignore
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        torch.nn.utils.clip_grads_with_norm_(kind, largest, norm)
+    return norm
 
 
 def _as(source: Tensor, target: Tensor) -> Tensor:

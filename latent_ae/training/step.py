@@ -11,8 +11,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from latent_ae.adversary import adaptive_weight
-from latent_ae.autoencoder import trained_parameters
+from latent_ae.autoencoder import downsampling, trained_parameters
 from latent_ae.data import Batch, normalize
+from latent_ae.losses import PIXEL_LOSSES, Draw
 from latent_ae.training.guard import poison
 from latent_ae.training.run import Run
 from latent_ae.training.schedule import learning_rate
@@ -52,7 +53,7 @@ def update(run: Run) -> Update:
     training, result = run.config.training, Update()
     _set_rates(run)
     run.autoencoder.train()
-    for _ in range(training.accumulation):
+    for micro_step in range(training.accumulation):
         began = time.perf_counter()
         batch = next(run.stream)
         result.waited += time.perf_counter() - began
@@ -60,28 +61,53 @@ def update(run: Run) -> Update:
         images = normalize(batch.images.to(run.accelerator.device, non_blocking=True))
         if training.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        draw = None
+        if run.equivariance is not None:
+            sides = (images.shape[-2], images.shape[-1])
+            draw = run.equivariance.draw(run.step, micro_step, sides)
         parts = [part for part in (run.objective, run.adversary) if part is not None]
         with run.accelerator.accumulate(run.autoencoder, *parts):
             if hasattr(run.autoencoder, "set_requires_gradient_sync"):  # FSDP2's no_sync
                 run.autoencoder.set_requires_gradient_sync(run.accelerator.sync_gradients)  # pyright: ignore
-            result.add(_accumulate(run, images))
+            result.add(_accumulate(run, images, draw))
             if run.accelerator.sync_gradients:
                 result.add(_apply(run))
     return result
 
 
-def _accumulate(run: Run, images: Tensor) -> dict[str, Tensor]:
+def _accumulate(run: Run, images: Tensor, draw: Draw | None = None) -> dict[str, Tensor]:
     """Adds the gradients of one micro-batch, to the discriminator's weights and to the others."""
     rule = run.rule
+    if draw is not None and draw.kind == "small":
+        images = draw.pictures(images, downsampling(run.network))
     weight = rule.weight(run.step) if rule else 0.0
     run.last_input.wanted = weight > 0 and rule is not None and rule.config.adaptive
-    reconstruction = run.autoencoder(images)
+    reconstruction = run.autoencoder(images, draw)
+    target = reconstruction.target
     terms: dict[str, Tensor] = {}
     if rule is not None and rule.learns(run.step):
-        terms = _listen(run, images, reconstruction.images, weight)
+        terms = _listen(run, target, reconstruction.images, weight)
     losses = run.objective(images, reconstruction, run.step)
     run.accelerator.backward(poison(losses.total))
-    return losses.terms | terms
+    if run.share is not None:
+        terms |= run.share.take()
+    return _named(losses.terms, draw) | terms
+
+
+def _named(terms: dict[str, Tensor], draw: Draw | None) -> dict[str, Tensor]:
+    """The terms for the log, those measured on other pictures apart, and how often there are any.
+
+    Beside transformed latents, the picture and its code are as in any step.
+    """
+    if draw is None:
+        return terms
+    apart = {"plain": set(), "transformed": {*PIXEL_LOSSES, "lpips", "total"}, "small": {*terms}}
+    names = {name: f"{name}_{draw.kind}" for name in apart[draw.kind]}
+    shares = {
+        f"share_{kind}": torch.full_like(terms["total"], draw.kind == kind)
+        for kind in ("transformed", "small")
+    }
+    return {names.get(name, name): value for name, value in terms.items()} | shares
 
 
 def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
