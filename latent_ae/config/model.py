@@ -15,10 +15,14 @@ from pydantic import (
 from latent_ae.config.section import Section
 
 __all__ = [
+    "COLOUR_CHANNELS",
     "AutoencoderConfig",
     "BottleneckConfig",
     "NetworkConfig",
 ]
+
+# Grey, RGB, RGBA: what networks that learned from photographs can be shown.
+COLOUR_CHANNELS = (1, 3, 4)
 
 
 class NetworkConfig(Section):
@@ -26,8 +30,9 @@ class NetworkConfig(Section):
 
     path: str | None = None
     """A folder that diffusers can load (yours or anybody's): fine-tune it. No other key then."""
-    in_channels: Literal[3] = 3
-    """RGB."""
+    in_channels: PositiveInt = 3
+    """Of a picture and its reconstruction: 1 grey, 3 RGB, 4 RGBA, any other number bands
+    (docs/channels.md); the data is read accordingly."""
     block_out_channels: tuple[PositiveInt, ...] = Field(default=(128, 256, 512, 512), min_length=1)
     """Channels of each level; each level after the first halves the side."""
     layers_per_block: PositiveInt = 2

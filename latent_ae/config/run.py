@@ -7,7 +7,7 @@ from pydantic import model_validator
 from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
 from latent_ae.config.losses import LossesConfig
-from latent_ae.config.model import AutoencoderConfig
+from latent_ae.config.model import COLOUR_CHANNELS, AutoencoderConfig
 from latent_ae.config.training import TrainingConfig
 
 __all__ = ["Config"]
@@ -36,6 +36,12 @@ class Config(AutoencoderConfig):
                     f"{key} {size} is no multiple of the network's factor "
                     f"{self.network.downsampling}"
                 )
+        channels = self.network.in_channels
+        if self.losses.perceptual and channels not in COLOUR_CHANNELS:
+            raise ValueError(
+                f"losses.perceptual compares pictures of 1, 3 or 4 channels and "
+                f"network.in_channels is {channels}; leave it out"
+            )
         measured = self.losses.perceptual or (self.validation and not self.validation.resolution)
         if measured and self.data.resolution < SMALLEST_MEASURED:
             raise ValueError(
