@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from latent_ae.config import COLOUR_CHANNELS
+if TYPE_CHECKING:  # the config, which needs no torch, asks here too
+    from torch import Tensor
 
 __all__ = ["as_rgb", "bands_shown", "has_colours", "shown"]
 
 
 def has_colours(channels: int) -> bool:
     """Whether it is grey (1), RGB (3) or RGBA (4): LPIPS and others take these as RGB."""
-    return channels in COLOUR_CHANNELS
+    return channels in (1, 3, 4)
 
 
 def as_rgb(images: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def shown(images: Tensor) -> Tensor:
     if channels == 4:
         alpha = images[..., 3:, :, :].float() / 255
         over = images[..., :3, :, :].float() * alpha + 255 * (1 - alpha)
-        return over.round().to(torch.uint8)
+        return over.round().to(images.dtype)
     if channels < 3:
-        return torch.cat([images[..., :1, :, :]] * 3, dim=-3)
+        return images[..., :1, :, :].expand(*images.shape[:-3], 3, -1, -1)
     return images[..., :3, :, :]
 
 

@@ -44,7 +44,7 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
 
     Args:
         network: of two levels or more, without attention in its middle.
-        images: training crops to take the components from, of shape (B, 3, H, W), in [-1, 1]; a
+        images: training crops to take the components from, of shape (B, C, H, W), in [-1, 1]; a
             hundred of 64² will do. Random positions come from torch's global generator.
 
     Raises:

@@ -4,19 +4,13 @@ from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
 from latent_ae.config.encoding import EncodingSource, Preprocessing, Storage
 from latent_ae.config.losses import LossesConfig, PerceptualConfig
-from latent_ae.config.model import (
-    COLOUR_CHANNELS,
-    AutoencoderConfig,
-    BottleneckConfig,
-    NetworkConfig,
-)
+from latent_ae.config.model import AutoencoderConfig, BottleneckConfig, NetworkConfig
 from latent_ae.config.protocol import PROTOCOLS, Protocol
 from latent_ae.config.run import Config
 from latent_ae.config.section import Section
 from latent_ae.config.training import TrainingConfig
 
 __all__ = [
-    "COLOUR_CHANNELS",
     "PROTOCOLS",
     "SMALLEST_MEASURED",
     "AdversaryConfig",

@@ -15,14 +15,10 @@ from pydantic import (
 from latent_ae.config.section import Section
 
 __all__ = [
-    "COLOUR_CHANNELS",
     "AutoencoderConfig",
     "BottleneckConfig",
     "NetworkConfig",
 ]
-
-# Grey, RGB, RGBA: what networks that learned from photographs can be shown.
-COLOUR_CHANNELS = (1, 3, 4)
 
 
 class NetworkConfig(Section):

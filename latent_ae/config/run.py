@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from latent_ae.channels import has_colours
 from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
 from latent_ae.config.losses import LossesConfig
-from latent_ae.config.model import COLOUR_CHANNELS, AutoencoderConfig
+from latent_ae.config.model import AutoencoderConfig
 from latent_ae.config.training import TrainingConfig
 
 __all__ = ["Config"]
@@ -37,7 +38,7 @@ class Config(AutoencoderConfig):
                     f"{self.network.downsampling}"
                 )
         channels = self.network.in_channels
-        if self.losses.perceptual and channels not in COLOUR_CHANNELS:
+        if self.losses.perceptual and not has_colours(channels):
             raise ValueError(
                 f"losses.perceptual compares pictures of 1, 3 or 4 channels and "
                 f"network.in_channels is {channels}; leave it out"

@@ -28,7 +28,9 @@ class Bands:
     @classmethod
     def of(cls, pixels: np.ndarray) -> Bands:
         """The bands of a uint8 array of shape (H, W, N)."""
-        return cls([Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(pixels, -1, 0)])
+        return cls(
+            [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(pixels, -1, 0)]
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,7 +73,9 @@ class Bands:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The pixels, uint8 of shape (H, W, N)."""
-        return np.stack([np.asarray(band) for band in self.bands], axis=-1).astype(dtype or np.uint8)
+        return np.stack([np.asarray(band) for band in self.bands], axis=-1).astype(
+            dtype or np.uint8
+        )
 
     def _each(self, change: Callable[[Image.Image], Image.Image]) -> Bands:
         return Bands([change(band) for band in self.bands])

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latent_ae.config import COLOUR_CHANNELS, EncodingSource, SourceConfig
+from latent_ae.channels import has_colours
+from latent_ae.config import EncodingSource, SourceConfig
 from latent_ae.data.arrays import find_array_column, require_readable
 from latent_ae.data.decoding import decode_array, decode_image
 from latent_ae.data.filters import RowFilter
@@ -321,7 +322,7 @@ def _find_image_column(features: Any, channels: int) -> str | None:
     import datasets
 
     arrays = find_array_column(features, channels)
-    if arrays is not None and channels not in COLOUR_CHANNELS:
+    if arrays is not None and not has_colours(channels):
         return arrays
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from latent_ae.config import SMALLEST_MEASURED
+from latent_ae.data.bands import Bands
 from latent_ae.data.decoding import UnreadableImage
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ RESIZES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 }
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(picture: Image.Image | Bands) -> Tensor:
     """A picture, or `Bands`, as uint8 of shape (C, H, W)."""
     pixels = np.array(picture)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels

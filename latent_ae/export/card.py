@@ -96,11 +96,12 @@ def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -
 
 def _title(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     channels, factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+    pictures = config.get("in_channels", 3)
     trained = " Trained with latent_ae." if record else ""
     return f"""# An autoencoder for latent diffusion
 
-A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of 3 × H × W
-becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
+A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of
+{pictures} × H × W becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
 
 
 def _how_to_load(config: Mapping[str, Any], name: str, variants: Sequence[str]) -> str:

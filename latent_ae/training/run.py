@@ -14,7 +14,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary, shape_of_discriminator
-from latent_ae.autoencoder import Autoencoder, require_divisible
+from latent_ae.autoencoder import Autoencoder, image_channels, require_divisible
+from latent_ae.channels import has_colours
 from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
@@ -118,6 +119,7 @@ class Run:
             world=self.accelerator.num_processes,
             start=progress["images"],
             state=progress["loader"],
+            channels=image_channels(self.network),
         )
 
     def close(self) -> None:
@@ -168,7 +170,8 @@ def prepare(config: Config) -> Run:
     if not folder.all_checkpoints():
         _initialize(config, model.network)
     objective = Objective(config.losses, config.bottleneck)
-    adversary = rule = Adversary(config.adversary) if config.adversary else None
+    channels = image_channels(model.network)
+    adversary = rule = Adversary(config.adversary, channels) if config.adversary else None
     if config.training.channels_last:
         for part in (objective, adversary):  # or LPIPS would copy every picture back
             if part is not None:
@@ -264,16 +267,23 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
         data = config.data.model_copy(update={"workers": 0, "batch_size": crops})
-        images = next(TrainingStream(data, seed=config.training.seed)).images
-        linear_code_(network, normalize(images))
+        channels = image_channels(network)
+        stream = TrainingStream(data, seed=config.training.seed, channels=channels)
+        linear_code_(network, normalize(next(stream).images))
 
 
 def _check(config: Config, network: AutoencoderKL) -> None:
     """Refuses before the first step what would fail later."""
     require_divisible(config.data.resolution, network, "data.resolution")
+    channels = image_channels(network)
+    if config.losses.perceptual and not has_colours(channels):
+        raise UserError(
+            f"losses.perceptual compares pictures of 1, 3 or 4 channels and the network takes "
+            f"{channels}; leave it out"
+        )
     if config.validation is not None:
         if config.validation.resolution:
             require_divisible(config.validation.resolution, network, "validation.resolution")
-        require_one_readable(config.validation)
+        require_one_readable(config.validation, channels)
     if config.adversary is not None:
-        shape_of_discriminator(config.adversary, config.data.resolution)
+        shape_of_discriminator(config.adversary, config.data.resolution, channels)
