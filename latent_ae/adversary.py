@@ -48,16 +48,20 @@ class Adversary(nn.Module):
     One pass serves both sides. The autoencoder's gradient is taken with respect to the
     reconstruction alone, so it never reaches the discriminator's weights; the reconstruction comes
     detached, so the discriminator's loss never reaches the autoencoder.
+
+    Args:
+        config: of the discriminator and its losses.
+        channels: of the pictures.
     """
 
     average_real: Tensor
     average_fake: Tensor
 
-    def __init__(self, config: AdversaryConfig) -> None:
+    def __init__(self, config: AdversaryConfig, channels: int = 3) -> None:
         super().__init__()
         self.config = config
         self.loss = ADVERSARIAL_LOSSES[config.loss]
-        self.discriminator = _build(config)
+        self.discriminator = _build(config, channels)
         if config.lecam:
             self.register_buffer("average_real", torch.zeros(()))
             self.register_buffer("average_fake", torch.zeros(()))
@@ -151,14 +155,16 @@ def adaptive_weight(
     return (rec.norm() / (adv.norm() + _EPSILON)).clamp(max=largest)
 
 
-def shape_of_discriminator(config: AdversaryConfig, resolution: int) -> NLayerDiscriminator:
+def shape_of_discriminator(
+    config: AdversaryConfig, resolution: int, channels: int = 3
+) -> NLayerDiscriminator:
     """The discriminator of a config, without memory for its weights.
 
     Raises:
         UserError: pictures of this resolution are too small for it.
     """
     with torch.device("meta"):
-        discriminator = NLayerDiscriminator(config)
+        discriminator = NLayerDiscriminator(config, channels)
     side = discriminator.smallest_side
     if resolution < side:
         raise UserError(
@@ -175,10 +181,15 @@ def _never_fp16(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _build(config: AdversaryConfig) -> NLayerDiscriminator:
+def _build(config: AdversaryConfig, channels: int) -> NLayerDiscriminator:
     if config.path is None:
-        return NLayerDiscriminator(config)
+        return NLayerDiscriminator(config, channels)
     discriminator = load_discriminator(config.path, config)
+    if discriminator.in_channels != channels:
+        raise UserError(
+            f"adversary.path {config.path} judges pictures of {discriminator.in_channels} "
+            f"channels, the network makes {channels}; leave adversary.path out"
+        )
     for name in DiscriminatorConfig.model_fields:
         given, wanted = getattr(discriminator.config, name), getattr(config, name)
         if given != wanted:

@@ -30,6 +30,7 @@ __all__ = [
     "encoder_side",
     "folder_config",
     "full_precision",
+    "image_channels",
     "load_network",
     "only_variant",
     "reconstruct",
@@ -48,10 +49,18 @@ def build_network(config: NetworkConfig) -> AutoencoderKL:
     """The `AutoencoderKL` of a config: loaded from `path`, or with new weights.
 
     Raises:
-        UserError: nothing that diffusers can load lies at `path`.
+        UserError: nothing that diffusers can load lies at `path`, or it gives other channels than
+            it takes.
     """
     if config.path is not None:
-        return load_network(config.path)
+        network = load_network(config.path)
+        taken, given = (network.config[f"{side}_channels"] for side in ("in", "out"))
+        if taken != given:
+            raise UserError(
+                f"network.path {config.path} takes {taken} channels and gives {given}; a network "
+                "to train gives as many as it takes"
+            )
+        return network
     levels = len(config.block_out_channels)
     blocks: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -59,6 +68,7 @@ def build_network(config: NetworkConfig) -> AutoencoderKL:
     }
     return AutoencoderKL(
         **config.model_dump(exclude={"path", "freeze", "init"}),
+        out_channels=config.in_channels,
         use_post_quant_conv=config.use_quant_conv,
         **blocks,
         scaling_factor=1.0,  # until export measures it
@@ -132,6 +142,11 @@ def downsampling(network: AutoencoderKL) -> int:
     return 2 ** (len(network.config["block_out_channels"]) - 1)
 
 
+def image_channels(network: AutoencoderKL) -> int:
+    """The channels C of the images that a network takes and gives."""
+    return network.config["in_channels"]
+
+
 def require_divisible(resolution: int, network: AutoencoderKL, key: str = "resolution") -> None:
     """Raises `UserError` unless the network's factor divides a side of `resolution` pixels."""
     factor = downsampling(network)
@@ -192,14 +207,14 @@ def encode_moments(network: AutoencoderKL, images: Tensor) -> Tensor:
 
     Args:
         network: diffusers' autoencoder.
-        images: of shape (B, 3, H, W), in [-1, 1].
+        images: of shape (B, C, H, W), in [-1, 1].
     """
     posterior: Any = network.encode(images).latent_dist  # pyright: ignore
     return posterior.parameters
 
 
 def decode_latents(network: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images of shape (B, 3, H, W), nominally in [-1, 1], not clamped.
+    """Images of shape (B, C, H, W), nominally in [-1, 1], not clamped.
 
     Args:
         network: diffusers' autoencoder.
@@ -214,7 +229,7 @@ def reconstruct(network: AutoencoderKL, images: Tensor) -> Tensor:
 
     Args:
         network: diffusers' autoencoder.
-        images: of shape (B, 3, H, W), in [-1, 1]; so is the result, nominally.
+        images: of shape (B, C, H, W), in [-1, 1]; so is the result, nominally.
     """
     mean, _ = split_moments(encode_moments(network, images))
     return decode_latents(network, mean)

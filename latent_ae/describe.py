@@ -8,8 +8,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
-from latent_ae.autoencoder import build_network, downsampling, require_divisible
-from latent_ae.config import AdversaryConfig, Config, LossesConfig
+from latent_ae.autoencoder import (
+    build_network,
+    downsampling,
+    image_channels,
+    require_divisible,
+)
+from latent_ae.config import Config, LossesConfig
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
 
@@ -35,6 +40,7 @@ def describe(
             network = build_network(config.network)
     require_divisible(config.data.resolution, network, "data.resolution")
     factor, side = downsampling(network), config.data.resolution
+    pixels = image_channels(network) * side * side
     channels = network.config["latent_channels"]
     shape = (channels, side // factor, side // factor)
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,12 +53,12 @@ def describe(
     facts = {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items())
         + _frozen(config),
-        "images": f"3 × {side} × {side} in [-1, 1]",
+        "images": f"{image_channels(network)} × {side} × {side} in [-1, 1]",
         "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
-        "compression": f"{3 * side * side / values:g} image values a latent value",
+        "compression": f"{pixels / values:g} image values a latent value",
         "loss": _loss(config) + ", per image element",
-        "kl weight λ": _weight(config, values / (3 * side * side)),
-        "adversary": _adversary(config.adversary, config) if config.adversary else "none",
+        "kl weight λ": _weight(config, values / pixels),
+        "adversary": _adversary(config, image_channels(network)) if config.adversary else "none",
         "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
         "learning rate": _rate(config, batch),
@@ -77,8 +83,10 @@ def _rate(config: Config, batch: int) -> str:
     return text + (f"; then {training.schedule}" if training.schedule != "constant" else "")
 
 
-def _adversary(config: AdversaryConfig, run: Config) -> str:
-    judge = shape_of_discriminator(config, run.data.resolution)
+def _adversary(run: Config, channels: int) -> str:
+    config = run.adversary
+    assert config is not None
+    judge = shape_of_discriminator(config, run.data.resolution, channels)
     count = sum(p.numel() for p in judge.parameters())
     weight = f"{config.weight:g}{' × the adaptive weight' if config.adaptive else ''}"
     learns = max(0, config.start - config.warmup_steps)

@@ -38,6 +38,7 @@ class FrozenAutoencoder:
         downsampling: the factor between the side of a picture and the side of its latents.
         has_posterior: whether its encoder gives a distribution, or latents alone.
         channels: of the latents.
+        image_channels: of the pictures.
         scaling: the numbers of its config that scale latents.
 
     Raises:
@@ -58,6 +59,7 @@ class FrozenAutoencoder:
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.scaling = LatentScaling.of(self.network)  # pyright: ignore
+        self.image_channels = int(self.network.config.get("in_channels") or 3)
         self.downsampling, self.channels = self._probe()
 
     @property
@@ -73,7 +75,7 @@ class FrozenAutoencoder:
         a posterior give no log-variance.
 
         Args:
-            images: of shape (B, 3, H, W), in [-1, 1].
+            images: of shape (B, C, H, W), in [-1, 1].
         """
         height, width = images.shape[-2:]
         pad = (-width % self.downsampling, -height % self.downsampling)
@@ -85,7 +87,7 @@ class FrozenAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Pictures of shape (B, 3, H, W), fp32, nominally in [-1, 1], not clamped.
+        """Pictures of shape (B, C, H, W), fp32, nominally in [-1, 1], not clamped.
 
         Args:
             latents: raw, of shape (B, c, h, w).
@@ -114,7 +116,7 @@ class FrozenAutoencoder:
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Pictures of shape (B, 3, H, W) as `decode`, from codebook entries of shape (B, h, w)."""
+        """Pictures of shape (B, C, H, W) as `decode`, from codebook entries of shape (B, h, w)."""
         indices = indices.to(self.device, torch.int64)
         shape = (*indices.shape, self.network.config["vq_embed_dim"] or self.channels)
         entries = self.network.quantize.get_codebook_entry(indices.reshape(-1), shape)
@@ -149,7 +151,7 @@ class FrozenAutoencoder:
 
     def _probe(self) -> tuple[int, int]:
         self.downsampling = 1
-        image = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE)
+        image = torch.zeros(1, self.image_channels, _PROBE_SIDE, _PROBE_SIDE)
         try:
             mean, logvar = self.encode(image)
             self.has_posterior = logvar is not None
@@ -160,7 +162,7 @@ class FrozenAutoencoder:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{self.path} holds a {self.class_name}, which takes no pictures of shape "
-                f"(B, 3, H, W): {reason}"
+                f"(B, {self.image_channels}, H, W): {reason}"
             ) from error
         factor, rest = divmod(_PROBE_SIDE, mean.shape[-1])
         if mean.ndim != 4 or rest or decoded.shape != image.shape:

@@ -44,7 +44,7 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
 
     Args:
         network: of two levels or more, without attention in its middle.
-        images: training crops to take the components from, of shape (B, 3, H, W), in [-1, 1]; a
+        images: training crops to take the components from, of shape (B, C, H, W), in [-1, 1]; a
             hundred of 64² will do. Random positions come from torch's global generator.
 
     Raises:
@@ -54,6 +54,11 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
         raise UserError("network.init linear needs network.mid_block_add_attention: false")
     if len(network.config["block_out_channels"]) < 2:
         raise UserError("network.init linear needs two block_out_channels or more")
+    if images.shape[1] > network.config["block_out_channels"][0]:
+        raise UserError(
+            f"network.init linear: the first of block_out_channels must hold the "
+            f"{images.shape[1]} channels of a picture"
+        )
     zero_residual_branches_(network)
     for module in network.modules():
         if isinstance(module, ResnetBlock2D) and isinstance(module.conv_shortcut, nn.Conv2d):
@@ -86,7 +91,10 @@ def _read_out_latents_(network: AutoencoderKL, images: Tensor, coarsest: Tensor)
     """Brings the leading components through the encoder's last norm; returns the latents."""
     encoder, channels = network.encoder, network.config["latent_channels"]
     if coarsest.shape[1] < channels:
-        raise UserError("network.init linear: the encoder is too narrow for its latent_channels")
+        raise UserError(
+            f"network.init linear: the encoder gives {coarsest.shape[1]} components, fewer than "
+            f"the {channels} latent_channels"
+        )
     blocks = list(encoder.down_blocks)
     last = _entrance(blocks[-1].resnets) or blocks[-2].downsamplers[0].conv  # pyright: ignore
     _pair_(last, channels, network.config["norm_num_groups"])

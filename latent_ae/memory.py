@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latent_ae.adversary import Adversary
-from latent_ae.autoencoder import Autoencoder, trained_parameters
+from latent_ae.autoencoder import Autoencoder, image_channels, trained_parameters
 from latent_ae.bottlenecks import build_bottleneck
 from latent_ae.config import Config
 from latent_ae.objective import Objective
@@ -41,7 +41,7 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         network: its network; only the configuration is looked at.
         processes: how many share a sharded run.
     """
-    adversary = config.adversary
+    adversary, channels = config.adversary, image_channels(network)
     with FakeTensorMode(allow_non_fake_inputs=True):
         copy = AutoencoderKL.from_config(network.config)
         model = Autoencoder(
@@ -55,13 +55,13 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         objective = Objective(
             config.losses,
             config.bottleneck,
-            channels=network.config["out_channels"],
+            channels=channels,
             latent_channels=network.config["latent_channels"],
             untrained=True,
         )
-        judge = adversary and Adversary(adversary.model_copy(update={"path": None}))
+        judge = adversary and Adversary(adversary.model_copy(update={"path": None}), channels)
         side = config.data.resolution
-        images = torch.empty(config.data.batch_size, 3, side, side)
+        images = torch.empty(config.data.batch_size, channels, side, side)
         saved = count_saved_bytes(model, objective, judge or None, images, config)
     share = processes if config.training.shard else 1
     weights, trained = _bytes(model) // share, _bytes(model, trained=True) // share

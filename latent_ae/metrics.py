@@ -39,7 +39,7 @@ class ReconstructionMetrics:
 
     Args:
         device: where they are computed.
-        lpips: the backbones of LPIPS.
+        lpips: the backbones of LPIPS; none where pictures have no colours (`has_colours`).
         ms_ssim: whether to take it; of pictures below 176 pixels it is NaN.
         lpips_path: a safetensors file of VGG16's weights, where torchvision cannot fetch them.
     """
@@ -64,7 +64,7 @@ class ReconstructionMetrics:
         """The metrics of each picture of a batch, each of shape (B,).
 
         Args:
-            images: uint8 of shape (B, 3, H, W).
+            images: uint8 of shape (B, C, H, W).
             reconstruction: likewise.
         """
         target, estimate = images.float() / 255, reconstruction.float() / 255
@@ -84,11 +84,11 @@ class ReconstructionMetrics:
         """Adds a batch.
 
         Args:
-            images: uint8 of shape (B, 3, H, W).
+            images: uint8 of shape (B, C, H, W).
             reconstruction: floats in [-1, 1] or uint8, of the same shape.
 
         Returns:
-            The reconstruction as uint8, of shape (B, 3, H, W).
+            The reconstruction as uint8, of shape (B, C, H, W).
         """
         if reconstruction.dtype != torch.uint8:
             reconstruction = to_uint8(reconstruction)

@@ -48,7 +48,8 @@ def compare_with_torch(
     side = max(2, min(32, SIDE // frozen.downsampling))
     sizes = []
     for batch, rows, columns in ((1, side, side), (2, max(1, 3 * side // 4), 5 * side // 4)):
-        images = _photographs(batch, rows * frozen.downsampling, columns * frozen.downsampling)
+        size = (rows * frozen.downsampling, columns * frozen.downsampling)
+        images = _photographs(batch, *size, frozen.image_channels)
         pairs = _pairs(frozen, encode, decode, images)
         known: dict[str, Any] = {"shape": list(images.shape)}
         for name, (wanted, got) in pairs.items():
@@ -105,10 +106,14 @@ def _difference(wanted: Tensor, got: Tensor) -> dict[str, float]:
     return {"largest": largest, "range": extent, "relative": largest / max(extent, LEAST)}
 
 
-def _photographs(batch: int, height: int, width: int) -> Tensor:
-    """The first ones, of shape (batch, 3, height, width), in [-1, 1]; others for other batches."""
+def _photographs(batch: int, height: int, width: int, channels: int) -> Tensor:
+    """The first ones, of shape (batch, C, height, width), in [-1, 1]; others for other batches.
+
+    Their colours in turn stand for however many channels the network takes.
+    """
     names = PHOTOGRAPHS[batch - 1 : 2 * batch - 1]
     pictures = [Image.fromarray(getattr(data, name)()) for name in names]
     fitted = [ImageOps.fit(p, (width, height), Image.Resampling.LANCZOS) for p in pictures]
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted]))
+    pixels = pixels[..., [channel % 3 for channel in range(channels)]]
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

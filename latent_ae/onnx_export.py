@@ -58,7 +58,7 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Writes the encoder and the decoder of an autoencoder as ONNX, where Optimum looks for them.
 
-    `vae_encoder/model.onnx` maps `sample`, of shape (batch, 3, height, width), in [-1, 1], to
+    `vae_encoder/model.onnx` maps `sample`, of shape (batch, C, height, width), in [-1, 1], to
     `latent_parameters`, of shape (batch, 2c, height / f, width / f): the posterior's mean before
     its log-variance, not clamped. Without a posterior it gives `latent_sample` of c channels.
     `vae_decoder/model.onnx` maps raw `latent_sample` to `sample`. Batch, height and width are
@@ -130,7 +130,7 @@ def _facts(frozen: FrozenAutoencoder) -> dict[str, Any]:
 
 def _write_half(frozen: FrozenAutoencoder, part: str, folder: Path, facts: dict[str, Any]) -> None:
     """Traces one half and writes its `model.onnx` and `config.json`."""
-    factor, channels = frozen.downsampling, frozen.channels
+    factor, channels, images = frozen.downsampling, frozen.channels, frozen.image_channels
     weights = getattr(frozen.network, part, frozen.network).parameters()
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     if size >= FILE_LIMIT:
@@ -141,7 +141,7 @@ def _write_half(frozen: FrozenAutoencoder, part: str, folder: Path, facts: dict[
     if part == "encoder":
         half, scale = _Encoder(frozen.network, frozen.has_posterior), factor
         shapes = {
-            "sample": ["batch", 3, "height", "width"],
+            "sample": ["batch", images, "height", "width"],
             "latent_parameters" if frozen.has_posterior else "latent_sample": [
                 "batch",
                 channels * (1 + frozen.has_posterior),
@@ -154,9 +154,9 @@ def _write_half(frozen: FrozenAutoencoder, part: str, folder: Path, facts: dict[
         half, scale = _Decoder(frozen.network), 1
         shapes = {
             "latent_sample": ["batch", channels, "latent_height", "latent_width"],
-            "sample": ["batch", 3, f"latent_height * {factor}", f"latent_width * {factor}"],
+            "sample": ["batch", images, f"latent_height * {factor}", f"latent_width * {factor}"],
         }
-    example = torch.zeros(2, 3 if part == "encoder" else channels, 8 * scale, 12 * scale)
+    example = torch.zeros(2, images if part == "encoder" else channels, 8 * scale, 12 * scale)
     example = example.to(PRECISIONS[frozen.precision])
     # torch's optimizer takes DC's 1e-15 for zero and drops it: its attention would divide 0 by 0.
     optimize = frozen.class_name != "AutoencoderDC"

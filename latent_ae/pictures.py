@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from latent_ae.channels import bands_shown, shown
+
 __all__ = ["error_map", "save_grid", "save_sheet", "title_font"]
 
 _GAP = 6
@@ -22,7 +24,7 @@ def error_map(images: Tensor, reconstruction: Tensor) -> Tensor:
     """|x − x̂| averaged over channels, × `ERROR_GAIN`, as grey uint8 of shape (B, 3, H, W).
 
     Args:
-        images: uint8 of shape (B, 3, H, W).
+        images: uint8 of shape (B, C, H, W).
         reconstruction: likewise.
     """
     error = (images.float() - reconstruction.float()).abs().mean(1, keepdim=True)
@@ -34,15 +36,17 @@ def save_sheet(path: str | Path, columns: dict[str, Tensor]) -> Path:
 
     Args:
         path: where to; its folder is made.
-        columns: title → uint8 pictures of shape (B, 3, H, W), all of one shape.
+        columns: title → uint8 pictures of shape (B, C, H, W), all of one size; titles say which
+            bands are shown where these are not all.
     """
     pictures = list(columns.values())
     rows = [column[i] for i in range(len(pictures[0])) for column in pictures]
-    return _save(path, rows, len(columns), list(columns))
+    titles = [f"{title}{bands_shown(column.shape[1])}" for title, column in columns.items()]
+    return _save(path, rows, len(columns), titles)
 
 
 def save_grid(path: str | Path, images: Tensor, columns: int) -> Path:
-    """Writes a PNG with pictures (uint8, shape (B, 3, H, W)) row by row, `columns` in a row."""
+    """Writes a PNG with pictures (uint8, shape (B, C, H, W)) row by row, `columns` in a row."""
     return _save(path, list(images), columns, [])
 
 
@@ -64,7 +68,7 @@ def _save(path: str | Path, pictures: list[Tensor], columns: int, titles: list[s
         draw.text((centre, head // 2), title, fill=_INK, font=font, anchor="mm")
     for place, picture in enumerate(pictures):
         row, column = divmod(place, columns)
-        pixels = np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())
+        pixels = np.ascontiguousarray(shown(picture).permute(1, 2, 0).cpu().numpy())
         corner = (_GAP + column * (width + _GAP), head + row * (height + _GAP))
         sheet.paste(Image.fromarray(pixels), corner)
     path = Path(path)

@@ -80,7 +80,7 @@ def measure_precision(network: Any, images: Tensor) -> PrecisionEvidence:
 
     Args:
         network: an autoencoder of diffusers' in fp32.
-        images: of shape (B, 3, H, W), in [-1, 1], on its device, of sides that its factor divides.
+        images: of shape (B, C, H, W), in [-1, 1], on its device, of sides that its factor divides.
     """
     low = {}
     with full_precision():  # TF32 is as rough as fp16, which it would have to judge

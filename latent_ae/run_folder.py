@@ -18,7 +18,7 @@ from latent_ae.config import Config
 from latent_ae.config_file import load_config
 from latent_ae.errors import UserError
 
-__all__ = ["RunFolder", "json_line", "write_whole"]
+__all__ = ["RunFolder", "json_line", "judging_metric", "write_whole"]
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -28,6 +28,14 @@ def json_line(row: dict[str, Any]) -> str:
         for name, value in row.items()
     }
     return json.dumps(kept) + "\n"
+
+
+def judging_metric(metrics: dict[str, float], wanted: str) -> str:
+    """By which metric of a validation checkpoints are chosen: PSNR where the wanted is not taken.
+
+    LPIPS is not, of pictures that have no colours.
+    """
+    return wanted if wanted in metrics else "psnr"
 
 
 def write_whole(path: Path, text: str, check: Callable[[Path], Any] | None = None) -> None:
@@ -46,6 +54,9 @@ def write_whole(path: Path, text: str, check: Callable[[Path], Any] | None = Non
     if check is not None:
         check(aside)
     aside.replace(path)
+
+
+_VALIDATION = ("step", "psnr", "ssim", "lpips")
 
 
 class RunFolder:
@@ -90,18 +101,22 @@ class RunFolder:
 
     def best(self, metric: str) -> Path | None:
         """The checkpoint with the best validation (`lpips` low, others high), if any has one."""
-        scores = {
-            path: metrics[metric]
+        found = {
+            path: metrics
             for path in self.all_checkpoints()
             if (metrics := self.progress(path).get("validation"))
         }
+        if not found:
+            return None
+        metric = judging_metric(next(iter(found.values())), metric)
         choose = min if metric == "lpips" else max
-        return choose(scores, key=lambda path: scores[path]) if scores else None
+        return choose(found, key=lambda path: found[path][metric])
 
     def best_score(self, metric: str) -> float | None:
         """That checkpoint's value of the metric."""
         best = self.best(metric)
-        return self.progress(best)["validation"][metric] if best else None
+        metrics = self.progress(best)["validation"] if best else {}
+        return metrics[judging_metric(metrics, metric)] if best else None
 
     def chosen(self, which: str) -> Path:
         """The checkpoint that a person means by `last`, `best` or a step's number.
@@ -153,7 +168,7 @@ class RunFolder:
         found = None
         for row in self.log_rows():
             if row["group"] == "validation" and row["step"] <= step:
-                found = {name: row[name] for name in ("step", "psnr", "ssim", "lpips")}
+                found = {name: row[name] for name in _VALIDATION if name in row}
         return found
 
     def log_rows(self) -> list[dict[str, Any]]:

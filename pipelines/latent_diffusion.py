@@ -299,8 +299,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Refuses arguments that are wrong whatever the picture; see `__call__`."""
-        kinds = ("pil", "np", "pt", "latent")
-        _check(output_type in kinds, f"output_type is one of {', '.join(kinds)}")
+        channels = self.vae.config.get("in_channels", 3)
+        kinds = ("np", "pt", "latent") if channels > 4 else ("pil", "np", "pt", "latent")
+        _check(
+            output_type in kinds, f"output_type is one of {', '.join(kinds)} ({channels} channels)"
+        )
         known = self._callback_tensor_inputs
         _check(set(callback_on_step_end_tensor_inputs) <= set(known), f"callbacks get only {known}")
         _check(num_inference_steps >= 1, "num_inference_steps must be at least 1")
@@ -412,8 +415,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         picture = self.pixel_processor.preprocess(image, height, width)
         if self._is_latents(picture):
             return picture.float()
-        channels = self.vae.config.get("in_channels", 3)
-        count = picture.shape[1]
+        count, channels = picture.shape[1], self.vae.config.get("in_channels", 3)
         _check(count == channels, f"image has {count} channels, the autoencoder takes {channels}")
         ranged = picture.is_floating_point() and picture.min() >= 0 and picture.max() <= 1
         _check(bool(ranged), "an image that is an array or a tensor holds floats in [0, 1]")

@@ -11,7 +11,7 @@ from latent_ae.config.losses import (
 )
 from latent_ae.config.model import AutoencoderConfig, BottleneckConfig, NetworkConfig
 from latent_ae.config.protocol import PROTOCOLS, Protocol
-from latent_ae.config.run import Config
+from latent_ae.config.run import Config, colourless
 from latent_ae.config.section import Section
 from latent_ae.config.training import TrainingConfig
 
@@ -37,4 +37,5 @@ __all__ = [
     "Storage",
     "TrainingConfig",
     "ValidationConfig",
+    "colourless",
 ]

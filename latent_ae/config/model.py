@@ -30,8 +30,9 @@ class NetworkConfig(Section):
     freeze: Literal["nothing", "encoder"] = "nothing"
     """`encoder`: the decoder alone learns to read the latents of `path`, which do not move; the KL
     term is left out."""
-    in_channels: Literal[3] = 3
-    """RGB."""
+    in_channels: PositiveInt = 3
+    """Of a picture and its reconstruction: 1 grey, 3 RGB, 4 RGBA, any other number bands
+    (docs/channels.md); the data is read accordingly."""
     block_out_channels: tuple[PositiveInt, ...] = Field(default=(128, 256, 512, 512), min_length=1)
     """Channels of each level; each level after the first halves the side."""
     layers_per_block: PositiveInt = 2

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
+from latent_ae.channels import has_colours
 from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
 from latent_ae.config.losses import LossesConfig
 from latent_ae.config.model import AutoencoderConfig
 from latent_ae.config.training import TrainingConfig
 
-__all__ = ["Config"]
+__all__ = ["Config", "colourless"]
+
+
+def colourless(losses: LossesConfig, channels: int) -> str | None:
+    """Why losses that look at colours do not fit a number of channels, in one sentence, or None."""
+    looking = [name for name in ("perceptual", "alignment") if getattr(losses, name)]
+    if not looking or has_colours(channels):
+        return None
+    return (
+        f"losses.{looking[0]} looks at pictures of 1, 3 or 4 channels and the network's have "
+        f"{channels}; leave it out"
+    )
 
 
 class Config(AutoencoderConfig):
@@ -45,6 +57,9 @@ class Config(AutoencoderConfig):
                     f"{key} {size} is no multiple of the network's factor "
                     f"{self.network.downsampling}"
                 )
+        channels = self.network.in_channels
+        if self.network.path is None and (reason := colourless(self.losses, channels)):
+            raise ValueError(reason)
         measured = self.losses.perceptual or (self.validation and not self.validation.resolution)
         if measured and self.data.resolution < SMALLEST_MEASURED:
             raise ValueError(

@@ -57,7 +57,8 @@ class TrainingConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """How many of them stay; the one with the best validation stays beside them."""
     best_by: Literal["lpips", "psnr", "ssim"] = "lpips"
-    """What makes a validation the best: the lowest LPIPS, or the highest PSNR or SSIM."""
+    """What makes a validation the best: the lowest LPIPS, or the highest PSNR or SSIM. Of pictures
+    that have no LPIPS (of 2 or more than 4 channels) it is PSNR instead."""
     patience: PositiveInt = 20
     """Updates in a row that may be skipped because a loss or gradient is no number; then the run
     goes back to its last checkpoint."""

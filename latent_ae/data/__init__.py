@@ -1,5 +1,6 @@
 """Pictures in: sources, decoding, crops, batches."""
 
+from latent_ae.data.bands import Bands
 from latent_ae.data.decoding import UnreadableFile, UnreadableImage, decode_image, to_rgb
 from latent_ae.data.filters import RowFilter
 from latent_ae.data.in_order import evaluation_batches
@@ -20,6 +21,7 @@ from latent_ae.data.variants import Variant, Variants
 __all__ = [
     "RESIZES",
     "SOURCES",
+    "Bands",
     "Batch",
     "RowFilter",
     "CenterCrop",

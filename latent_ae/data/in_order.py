@@ -52,6 +52,7 @@ def evaluation_batches(
     batch_size: int = 8,
     workers: int = 0,
     limit: int | None = None,
+    channels: int = 3,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
@@ -66,13 +67,14 @@ def evaluation_batches(
         batch_size: pictures a batch; fewer where some are unreadable (they are in `skipped`).
         workers: loader processes.
         limit: stop after this many rows.
+        channels: of the pictures wanted, where the source is not opened yet.
         rank: which of `world` processes this is.
         world: how many share the source.
 
     Raises:
         UserError: the source cannot be opened or, with one process, none of its pictures read.
     """
-    source = config if isinstance(config, Source) else open_source(config)
+    source = config if isinstance(config, Source) else open_source(config, channels)
     source = source.first(limit)
     crop = CenterCrop(crop) if isinstance(crop, int) else crop
     options: dict[str, Any] = {

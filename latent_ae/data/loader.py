@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from latent_ae.data.decoding import UnreadableImage, decode_image
+from latent_ae.data.decoding import UnreadableImage
 from latent_ae.data.samples import Batch, Sample, Skipped, collate, read_sample
 from latent_ae.data.sources import Source, open_source
 from latent_ae.data.transforms import TrainingCrop
@@ -144,6 +144,7 @@ class TrainingStream:
         world: how many processes share the data.
         start: pictures that all processes together have had before (sources with random access).
         state: what `state_dict` returned on this process (streaming sources).
+        channels: of the pictures wanted.
 
     Raises:
         UserError: the source cannot be opened or holds no readable picture.
@@ -158,8 +159,9 @@ class TrainingStream:
         world: int = 1,
         start: int = 0,
         state: dict[str, Any] | None = None,
+        channels: int = 3,
     ) -> None:
-        source = require_one_readable(config)
+        source = require_one_readable(config, channels)
         crop = TrainingCrop(config)
         options: dict[str, Any] = {
             "collate_fn": collate,
@@ -216,17 +218,17 @@ class TrainingStream:
         return None
 
 
-def require_one_readable(config: SourceConfig) -> Source:
+def require_one_readable(config: SourceConfig, channels: int = 3) -> Source:
     """Opens a source and reads up to the first picture that can be read.
 
     Raises:
         UserError: the source cannot be opened, or there is none.
     """
-    source = open_source(config)
+    source = open_source(config, channels)
     count, reason = 0, ""
     for row in source.rows:
         try:
-            decode_image(row[source.image_column])
+            source.picture(row)
             return source
         except UnreadableImage as error:
             count, reason = count + 1, str(error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latent_ae.data.decoding import UnreadableImage, decode_image
+from latent_ae.data.decoding import UnreadableImage
 from latent_ae.data.sources import Source
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Sample:
     """One picture and what the data set says of it.
 
     Attributes:
-        image: uint8 of shape (3, H, W).
+        image: uint8 of shape (C, H, W).
         key: its name in the data set.
         label: its class, where there is one.
         caption: its text, where there is one.
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Pictures of one shape; `images` is uint8 of shape (B, 3, H, W), in [0, 255]."""
+    """Pictures of one shape; `images` is uint8 of shape (B, C, H, W), in [0, 255]."""
 
     images: Tensor
     samples: list[Sample]
@@ -84,7 +84,7 @@ def read_sample(
     """Decodes and transforms one row of a source; `position` names it if nothing else does."""
     key = source.key(row, position)
     try:
-        picture = decode_image(row[source.image_column])
+        picture = source.picture(row)
         image = transform(picture)
     except UnreadableImage as error:
         return Skipped(key, str(error))

@@ -12,7 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from latent_ae.channels import has_colours
 from latent_ae.config import EncodingSource, SourceConfig
+from latent_ae.data.arrays import find_array_column, require_readable
+from latent_ae.data.decoding import decode_array, decode_image
 from latent_ae.data.filters import RowFilter
 from latent_ae.errors import UserError
 
@@ -37,6 +40,8 @@ class Source:
         label_column: of the class.
         caption_column: of the text.
         keep: other columns to carry along, with their Arrow types.
+        channels: of the pictures that are wanted.
+        array_type: of the numbers, where the column holds arrays and not files of pictures.
     """
 
     rows: Any
@@ -47,6 +52,19 @@ class Source:
     label_column: str | None = None
     caption_column: str | None = None
     keep: dict[str, Any] = field(default_factory=dict)
+    channels: int = 3
+    array_type: str | None = None
+
+    def picture(self, row: dict[str, Any]) -> Any:
+        """The row's picture, decoded: of Pillow's, or `Bands`, which answer to the same calls.
+
+        Raises:
+            UnreadableImage: it cannot be read, or has another number of channels.
+        """
+        value = row[self.image_column]
+        if self.array_type is not None:
+            return decode_array(value, self.channels, self.array_type)
+        return decode_image(value, self.channels)
 
     def key(self, row: dict[str, Any], position: int) -> str:
         """A name for the row: its path below the root, its `__key__`, or its position."""
@@ -112,11 +130,16 @@ def _part(content: Any, name: str) -> Any:
     return content.get(name) if isinstance(content, dict) else None
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, channels: int = 3) -> Source:
     """Opens a source and finds its picture column.
 
+    Args:
+        config: the source.
+        channels: of the pictures that are wanted.
+
     Raises:
-        UserError: nothing at this path, no column of pictures, or a source that cannot be read.
+        UserError: nothing at this path, no column of such pictures, or a source that cannot be
+            read.
     """
     rows = SOURCES[config.source](config)
     if isinstance(rows, dict):
@@ -125,7 +148,7 @@ def open_source(config: SourceConfig) -> Source:
                 f"{config.path} has no split {config.split!r}; it has: {', '.join(rows)}"
             )
         rows = rows[config.split]
-    return _prepare(rows, config)
+    return _prepare(rows, config, channels)
 
 
 def source_of(path: str | Path, kind: str | None = None, split: str = "train") -> SourceConfig:
@@ -220,19 +243,22 @@ SOURCES: dict[str, Callable[[SourceConfig], Any]] = {
 }
 
 
-def _prepare(rows: Any, config: SourceConfig) -> Source:
+def _prepare(rows: Any, config: SourceConfig, channels: int) -> Source:
     import datasets
 
     features = rows.features
     if features is None:  # a stream whose columns are known only once it is read
         rows = rows._resolve_features()
         features = rows.features
-    column = config.image_column or _find_image_column(features)
+    column = config.image_column or _find_image_column(features, channels)
     if column is None or column not in features:
         wanted = f"no column {column!r}" if column else "no column of pictures"
         raise UserError(f"{config.path} has {wanted}; its columns: {', '.join(features)}")
+    array_type = require_readable(column, features[column], channels)
     # The others are left undecoded too: a damaged mask is no reason to lose the picture.
-    pictures = [n for n, f in features.items() if n == column or isinstance(f, datasets.Image)]
+    pictures = [n for n, f in features.items() if isinstance(f, datasets.Image)]
+    if array_type is None and column not in pictures:
+        pictures.append(column)
     for name in pictures:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     named = _named_columns(config, features)
@@ -242,8 +268,11 @@ def _prepare(rows: Any, config: SourceConfig) -> Source:
     wanted += [named.get(f"{name}_column") for name in ("key", "label", "caption")]
     rows = rows.select_columns([name for name in features if name in wanted])
     names = _label_names(rows, named.get("label_column"), features)
+    if array_type is not None and hasattr(rows, "__len__"):  # as lists they would take far longer
+        rows = rows.with_format("numpy", columns=[column], output_all_columns=True)
     root = Path(config.path).resolve() if config.source == "imagefolder" else None
-    return Source(rows, column, names, root, **named)
+    kind = {"channels": channels, "array_type": array_type}
+    return Source(rows, column, names, root, **named, **kind)
 
 
 def _named_columns(config: SourceConfig, features: Any) -> dict[str, Any]:
@@ -289,13 +318,16 @@ def _filtered(rows: Any, keep: RowFilter, features: Any) -> Any:
     return rows.select(chosen)
 
 
-def _find_image_column(features: Any) -> str | None:
+def _find_image_column(features: Any, channels: int) -> str | None:
     import datasets
 
+    arrays = find_array_column(features, channels)
+    if arrays is not None and not has_colours(channels):
+        return arrays
     for name, feature in features.items():
         if isinstance(feature, datasets.Image):
             return name
     for name in ("image", "img", *_EXTENSIONS):
         if name in features:
             return name
-    return None
+    return arrays

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from latent_ae.config import SMALLEST_MEASURED
+from latent_ae.data.bands import Bands
 from latent_ae.data.decoding import UnreadableImage
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ RESIZES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 }
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 of shape (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+def to_tensor(picture: Image.Image | Bands) -> Tensor:
+    """A picture, or `Bands`, as uint8 of shape (C, H, W)."""
+    pixels = np.array(picture)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ class CenterCrop:
     multiple: int = 1
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Returns uint8 of shape (3, H, W); raises `UnreadableImage` if too small to measure."""
+        """Returns uint8 of shape (C, H, W); raises `UnreadableImage` if too small to measure."""
         if self.resolution is None and min(picture.size) < SMALLEST_MEASURED:
             width, height = picture.size
             raise UnreadableImage(f"{width} × {height} is below {SMALLEST_MEASURED} pixels")
@@ -122,7 +125,7 @@ class TrainingCrop:
     config: DataConfig
 
     def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Returns uint8 of shape (3, resolution, resolution)."""
+        """Returns uint8 of shape (C, resolution, resolution)."""
         config = self.config
         if config.resize is not None:
             picture = resize_shorter_side(picture, config.resize)

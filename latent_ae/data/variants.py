@@ -19,7 +19,7 @@ __all__ = ["Variant", "Variants"]
 
 
 class Variant(NamedTuple):
-    """A crop: uint8 of shape (3, H, W), and where it lay in the resized picture, in pixels."""
+    """A crop: uint8 of shape (C, H, W), and where it lay in the resized picture, in pixels."""
 
     image: Tensor
     left: int
@@ -38,7 +38,7 @@ class Variants:
         """The variants in their order: each crop, then its mirror image.
 
         Args:
-            picture: RGB.
+            picture: of any mode, or `Bands`.
             position: its row in the source, which seeds the random crops.
 
         Raises:

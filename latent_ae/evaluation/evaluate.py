@@ -16,6 +16,7 @@ from rich.progress import track
 from torch import nn
 
 from latent_ae.autoencoder import full_precision
+from latent_ae.channels import bands_shown, has_colours
 from latent_ae.config import Protocol, SourceConfig
 from latent_ae.config_file import load_protocol
 from latent_ae.data import CenterCrop, evaluation_batches, open_source, source_of
@@ -92,15 +93,16 @@ def evaluate(
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     folder = None if out is None else _writable(Path(out))
     data = data if isinstance(data, SourceConfig) else source_of(data)
-    source = open_source(data)
-    frechet = _frechet(protocol, feature_network, frechet_weights, device)
     frozen = FrozenAutoencoder(model, device, protocol.precision)
+    source, channels = open_source(data, frozen.image_channels), frozen.image_channels
+    frechet = _frechet(protocol, feature_network, frechet_weights, device, channels)
+    lpips = protocol.lpips if has_colours(channels) else ()
     measurement = Measurement(
         frozen,
         protocol,
-        ReconstructionMetrics(device, protocol.lpips, ms_ssim=True, lpips_path=lpips_weights),
+        ReconstructionMetrics(device, lpips, ms_ssim=True, lpips_path=lpips_weights),
         frechet,
-        references=tuple(references),
+        references=[n for n in references if n == "Lanczos" or channels == 3],
         latents=not quick,
         gallery=(max(pictures, probes), pictures) if folder else (probes, 0),
     )
@@ -115,7 +117,7 @@ def evaluate(
         asked = what_is_asked(data, quick, references, frechet_weights, lpips_weights)
         result = _result(frozen, protocol, gathered, frechet, name or Path(model).absolute().name)
         result.content |= {"asked": asked, "processes": world}
-        result.content["data"]["path"] = data.path
+        result.content["data"] |= {"path": data.path, "note": _channels_in_words(channels)}
         if folder and rank == 0:
             result.save(folder)  # what follows may fail, such as for memory
         if rank == 0:
@@ -165,14 +167,31 @@ def _writable(folder: Path) -> Path:
 
 
 def _frechet(
-    protocol: Protocol, network: nn.Module | None, weights: str | None, device: torch.device
+    protocol: Protocol,
+    network: nn.Module | None,
+    weights: str | None,
+    device: torch.device,
+    channels: int,
 ) -> FrechetDistance | None:
-    if network is None and protocol.frechet is None:
+    if network is None and (protocol.frechet is None or not has_colours(channels)):
         return None
     if network is not None:
         return FrechetDistance(network, device, type(network).__name__)
     name = str(protocol.frechet)
     return FrechetDistance(FEATURE_NETWORKS[name](weights), device, name)
+
+
+def _channels_in_words(channels: int) -> str | None:
+    """How pictures that are not RGB are measured and shown, and what is left out."""
+    if channels == 3:
+        return None
+    seen = {1: "see grey as RGB", 4: "see RGBA over white"}.get(channels)
+    told = "LPIPS, the Fréchet distance, JPEG and WebP are left out"
+    if seen is not None:
+        told = f"LPIPS and the Fréchet distance {seen}; JPEG and WebP are left out"
+    elif shown := bands_shown(channels):
+        told += f"; pictures show{shown}"
+    return f"pictures of {channels} channel{'s' * (channels > 1)}: {told}"
 
 
 def _tracked(

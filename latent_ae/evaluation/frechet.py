@@ -19,6 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from latent_ae.autoencoder import full_precision
+from latent_ae.channels import has_colours, shown
 from latent_ae.data import normalize, to_uint8
 from latent_ae.errors import UserError
 from latent_ae.losses import load_backbone
@@ -218,7 +219,8 @@ class FrechetDistance:
         """Adds a batch; the features of the pictures are computed once for all reconstructions.
 
         Args:
-            images: uint8 of shape (B, 3, H, W).
+            images: uint8 of shape (B, C, H, W); with C of 1 or 4 the network gets what `shown`
+                makes of them, with more what they are.
             reconstructions: by name, the same names each time; uint8, or floats in [-1, 1], which
                 are clamped and rounded to 8 bits, of the same shape.
 
@@ -284,6 +286,7 @@ class FrechetDistance:
     def _features(self, name: str, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             images = to_uint8(images)
+        images = shown(images) if has_colours(images.shape[1]) else images
         with full_precision():
             features = self.network(images.to(self.device))
         # This waits for the GPU; one bad batch found at the end would cost the whole measurement.

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from latent_ae.channels import shown
+
 __all__ = ["Gallery", "Shown", "chosen", "save_webp"]
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ THUMBNAILS = 128
 
 @dataclass
 class Shown:
-    """A picture with its reconstruction, both uint8 of shape (3, H, W)."""
+    """A picture with its reconstruction, both uint8 of shape (C, H, W)."""
 
     position: int
     key: str
@@ -106,8 +108,8 @@ def _save(folder: Path, name: str, shown: Shown) -> dict[str, Any]:
 
 
 def save_webp(folder: Path, name: str, image: Tensor) -> str:
-    """Writes uint8 of shape (3, H, W) losslessly; returns its path below the result folder."""
+    """Writes uint8 of shape (C, H, W) as `shown`; returns its path below the result folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())
+    pixels = np.ascontiguousarray(shown(image).permute(1, 2, 0).cpu().numpy())
     Image.fromarray(pixels).save(folder / f"{name}.webp", lossless=True, quality=60, method=4)
     return f"{folder.name}/{name}.webp"

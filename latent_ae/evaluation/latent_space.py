@@ -30,16 +30,17 @@ class LatentSpace:
     Args:
         channels: of the latents.
         seed: of the patches and draws that are kept.
+        image_channels: of the pictures.
     """
 
-    def __init__(self, channels: int, seed: int = 0) -> None:
+    def __init__(self, channels: int, seed: int = 0, image_channels: int = 3) -> None:
         self.channels, self.seed = channels, seed
         self.images, self.has_posterior = 0, True
         self.sums: dict[str, Tensor] = {}
         self.largest = torch.zeros(channels)
         self.unit_sums: tuple[Tensor, Tensor] | None = None
         self.one_shape = True
-        self.spectrum = Spectrum(channels)
+        self.spectrum = Spectrum(channels, image_channels)
         # Pooled code and patches of chosen pictures, by position.
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -51,7 +52,7 @@ class LatentSpace:
         Args:
             mean: of shape (B, c, h, w).
             logvar: likewise, or None where the autoencoder has no posterior.
-            images: their pictures, uint8 of shape (B, 3, H, W).
+            images: their pictures, uint8 of shape (B, C, H, W).
             positions: their places in the data set, which seed what is drawn.
         """
         mean = mean.float().cpu()

@@ -89,7 +89,9 @@ class Measurement:
     ) -> None:
         self.frozen, self.protocol, self.metrics = frozen, protocol, metrics
         self.frechet, self.references = frechet, references
-        space = LatentSpace(frozen.channels, protocol.seed) if latents else None
+        space = (
+            LatentSpace(frozen.channels, protocol.seed, frozen.image_channels) if latents else None
+        )
         self.gathered = Gathered(latents=space, gallery=Gallery(*gallery))
 
     @torch.no_grad()

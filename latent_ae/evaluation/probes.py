@@ -37,7 +37,7 @@ def equivariance(frozen: FrozenAutoencoder, images: Tensor) -> list[dict[str, An
 
     Args:
         frozen: the autoencoder.
-        images: uint8 of shape (B, 3, H, W), of one size.
+        images: uint8 of shape (B, C, H, W), of one size.
 
     Returns:
         A row for each transform that keeps sizes the factor divides.
@@ -83,7 +83,7 @@ def noise_sensitivity(
 
     Args:
         frozen: the autoencoder.
-        images: uint8 of shape (B, 3, H, W), of one size.
+        images: uint8 of shape (B, C, H, W), of one size.
         std: standard deviation of each channel, of shape (c,).
         seed: of the noise.
 
@@ -106,7 +106,7 @@ def channel_effects(frozen: FrozenAutoencoder, images: Tensor, mean: Tensor) -> 
 
     Args:
         frozen: the autoencoder.
-        images: uint8 of shape (B, 3, H, W), of one size.
+        images: uint8 of shape (B, C, H, W), of one size.
         mean: of each channel, of shape (c,).
     """
     codes, _ = frozen.encode(normalize(images))
@@ -132,7 +132,7 @@ def prior_draws(
         seed: of the draws.
 
     Returns:
-        uint8 pictures of shape (count, 3, side, side), by title.
+        uint8 pictures of shape (count, C, side, side), by title.
     """
     size = max(1, side // frozen.downsampling)
     generator = torch.Generator().manual_seed(seed)
@@ -147,10 +147,10 @@ def interpolate(frozen: FrozenAutoencoder, images: Tensor) -> Tensor:
 
     Args:
         frozen: the autoencoder.
-        images: the two, uint8 of shape (2, 3, H, W).
+        images: the two, uint8 of shape (2, C, H, W).
 
     Returns:
-        uint8 of shape (7, 3, H, W).
+        uint8 of shape (7, C, H, W).
     """
     codes, _ = frozen.encode(normalize(images))
     steps = torch.linspace(0, 1, INTERPOLATION_STEPS, device=codes.device).view(-1, 1, 1, 1)

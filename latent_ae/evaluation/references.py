@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latent_ae.data import to_tensor
+from latent_ae.data import Bands, to_tensor
 from latent_ae.errors import UserError
 
 __all__ = [
@@ -35,18 +35,19 @@ def lanczos_reduction(images: Tensor, values: int) -> Tensor:
     """Reduces each picture by Lanczos to at most `values` numbers and enlarges it again.
 
     Args:
-        images: uint8 of shape (B, 3, H, W).
+        images: uint8 of shape (B, C, H, W); each channel is reduced by itself.
         values: how many numbers an autoencoder's code of one picture has.
 
     Returns:
-        uint8 of shape (B, 3, H, W).
+        uint8 of shape (B, C, H, W).
     """
     height, width = images.shape[-2:]
-    shrink = (values / (3 * height * width)) ** 0.5
+    shrink = (values / images[0].numel()) ** 0.5
     small = (max(1, int(width * shrink + 1e-6)), max(1, int(height * shrink + 1e-6)))
     result = []
     for image in images:
-        reduced = _picture(image).resize(small, Image.Resampling.LANCZOS)
+        picture = _picture(image) if len(image) == 3 else Bands.of(image.permute(1, 2, 0).numpy())
+        reduced = picture.resize(small, Image.Resampling.LANCZOS)
         result.append(to_tensor(reduced.resize((width, height), Image.Resampling.LANCZOS)))
     return torch.stack(result)
 

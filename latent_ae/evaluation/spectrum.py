@@ -47,13 +47,13 @@ def radial_power(maps: Tensor) -> tuple[Tensor, Tensor]:
 class Spectrum:
     """Gathers the spectra of latents and of their pictures; processes can be added up."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, image_channels: int = 3) -> None:
         self.latents = torch.zeros(channels, BINS, dtype=torch.float64)
-        self.pictures = torch.zeros(3, BINS, dtype=torch.float64)
+        self.pictures = torch.zeros(image_channels, BINS, dtype=torch.float64)
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def update(self, mean: Tensor, images: Tensor) -> None:
-        """Adds posterior means of shape (B, c, h, w) and pictures, uint8 of shape (B, 3, H, W)."""
+        """Adds posterior means of shape (B, c, h, w) and pictures, uint8 of shape (B, C, H, W)."""
         sums, counts = radial_power(mean)
         self.latents += sums
         self.counts += counts

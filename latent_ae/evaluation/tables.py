@@ -74,6 +74,8 @@ def warnings_of(results: Sequence[Evaluation]) -> list[str]:
                 f"{result.name}: {len(bad)} of {data['images']} reconstructions hold NaN or "
                 f"infinity and are in no mean: {_some(bad)}"
             )
+        if note := data.get("note"):
+            sentences.append(f"{result.name}: {note}")
         if data["skipped"]:
             keys = [skip["key"] for skip in data["skipped"]]
             sentences.append(

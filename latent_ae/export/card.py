@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from latent_ae.channels import has_colours
 from latent_ae.config import Config
 from latent_ae.export.stock import caveats
 
@@ -17,15 +18,21 @@ _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "L
 _HERE = "path/to/this/folder"
 
 
-def protocol_of(config: Config) -> str | None:
-    """How the metrics of a run's validation are taken, in one sentence; None without one."""
+def protocol_of(config: Config, channels: int = 3) -> str | None:
+    """How the metrics of a run's validation are taken, in one sentence; None without one.
+
+    Args:
+        config: the run.
+        channels: of its pictures.
+    """
     held_out = config.validation
     if held_out is None:
         return None
     size = held_out.resolution or config.data.resolution
     return (
         f"the first {held_out.images} pictures of {held_out.path}, shorter side to {size} by "
-        "Lanczos, centre crop, posterior mode, fp32, rounded to 8 bits, LPIPS v0.1 alex"
+        "Lanczos, centre crop, posterior mode, fp32, rounded to 8 bits"
+        + (", LPIPS v0.1 alex" if has_colours(channels) else "")
     )
 
 
@@ -96,11 +103,12 @@ def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -
 
 def _title(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     channels, factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+    pictures = config.get("in_channels", 3)
     trained = " Trained with latent_ae." if record else ""
     return f"""# An autoencoder for latent diffusion
 
-A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of 3 × H × W
-becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
+A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of
+{pictures} × H × W becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
 
 
 def _how_to_load(config: Mapping[str, Any], name: str, variants: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from latent_ae.autoencoder import default_device, weights_sha256
+from latent_ae.autoencoder import default_device, image_channels, weights_sha256
 from latent_ae.config import Config
 from latent_ae.config_file import plain
 from latent_ae.export.card import model_card, protocol_of
@@ -101,7 +101,7 @@ def export_run(
         network.register_to_config(sample_size=max(256, config.data.resolution))
     with whole_folder(out) as aside:
         save_weights(network, aside, sample, variants, max_shard_size)
-        record = _record(config, folder, progress, measured, aside)
+        record = _record(config, folder, progress, measured, aside, image_channels(network))
         record |= {
             "statistics": statistics,
             "folded": folded,
@@ -126,6 +126,7 @@ def _record(
     progress: dict[str, Any],
     measured: LatentStatistics,
     out: Path,
+    channels: int,
 ) -> dict[str, Any]:
     packages = ("latent_ae", "torch", "diffusers", "accelerate", "lpips")
     return {
@@ -134,7 +135,7 @@ def _record(
         "trained": {"steps": progress["step"], "images": progress["images"]},
         "latents": measured.summary(),
         "metrics": folder.last_validation(progress["step"]) if config.validation else None,
-        "metric_protocol": protocol_of(config),
+        "metric_protocol": protocol_of(config, channels),
         "weights_sha256": weights_sha256(out),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in packages}},
     }

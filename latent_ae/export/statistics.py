@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latent_ae.autoencoder import encode_moments
+from latent_ae.autoencoder import encode_moments, image_channels
 from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
 from latent_ae.config import Config, DataConfig
 from latent_ae.data import TrainingStream, normalize, source_of
@@ -34,10 +34,11 @@ def measure_latents(
     """Encodes training crops and gathers the moments of their latents.
 
     Returns:
-        The statistics, and one batch of the crops, of shape (B, 3, H, W), in [-1, 1].
+        The statistics, and one batch of the crops, of shape (B, C, H, W), in [-1, 1].
     """
     batch = min(data.batch_size, images)
-    stream = TrainingStream(data.model_copy(update={"workers": 0, "batch_size": batch}))
+    data = data.model_copy(update={"workers": 0, "batch_size": batch})
+    stream = TrainingStream(data, channels=image_channels(network))
     measured, sample = LatentStatistics(), torch.empty(0)
     while measured.images < images:
         sample = normalize(next(stream).images.to(network.device))

@@ -49,7 +49,7 @@ def save_weights(
         network: in fp32.
         folder: where to.
         images: what stock diffusers, having loaded the folder, must reconstruct as the network
-            does; of shape (B, 3, H, W), in [-1, 1].
+            does; of shape (B, C, H, W), in [-1, 1].
         variants: some of `VARIANTS`, each for `from_pretrained(folder, variant=...)`.
         max_shard_size: larger weights are split into several files.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latent_ae.data import Source, UnreadableFile, UnreadableImage, Variants, decode_image
+from latent_ae.data import Source, UnreadableFile, UnreadableImage, Variants
 from latent_ae.errors import UserError
 from latent_ae.latents.plan import Plan, Unit, stream_files
 
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass
 class Chunk:
-    """Some neighbouring rows of a unit; `images` maps (H, W) to uint8 of shape (N, 3, H, W)."""
+    """Some neighbouring rows of a unit; `images` maps (H, W) to uint8 of shape (N, C, H, W)."""
 
     unit: Unit
     rows: list[Row]
@@ -111,7 +111,7 @@ class _Cutter(Dataset[Chunk]):
             {name: content[name] for name in source.keep},
         )
         try:
-            picture = decode_image(content[source.image_column])
+            picture = source.picture(content)
             row = replace(row, width=picture.width, height=picture.height)
             variants = self.variants(picture, seed)
         except UnreadableFile:

@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from latent_ae.data import to_uint8
+from latent_ae.channels import has_colours
+from latent_ae.data import Bands, to_uint8
 from latent_ae.errors import UserError
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.latents.dataset import LatentDataset
@@ -31,7 +32,9 @@ def decode(
     device: torch.device | str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Decodes the codes of a latents folder to PNG files named by their keys.
+    """Decodes the codes of a latents folder to files named by their keys.
+
+    Pictures of 1, 3 and 4 channels become PNG, others TIFF with a page a band.
 
     Args:
         latents: what `encode` wrote; of a posterior the mode is decoded.
@@ -53,6 +56,7 @@ def decode(
     frozen = open_autoencoder(dataset, model, precision, device)
     count = min(len(dataset), limit or len(dataset))
     written: set[Path] = set()
+    suffix = ".png" if has_colours(frozen.image_channels) else ".tiff"
     title = {"description": "decode", "console": console, "disable": console is None}
     batches = list(_of_one_size(dataset, count, batch_size))
     for positions in track(batches, **title):  # pyright: ignore[reportArgumentType]
@@ -61,12 +65,12 @@ def decode(
         if dataset.manifest.data.source == "edm2":  # whose pixels lie in [0, 1]
             pictures = 2 * pictures - 1
         for row, picture in zip(rows, to_uint8(pictures).cpu(), strict=True):
-            file = _file_of(Path(out), row["key"])
+            file = _file_of(Path(out), row["key"], suffix)
             if file in written:  # several crops of one picture
-                file = file.with_name(f"{file.stem}-{len(written)}.png")
+                file = file.with_name(f"{file.stem}-{len(written)}{suffix}")
             written.add(file)
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(file)
+            _save(picture, file)
     return count
 
 
@@ -105,12 +109,20 @@ def _decoded(frozen: FrozenAutoencoder, rows: list[dict]) -> torch.Tensor:
     return frozen.decode(torch.stack([row["latents"] for row in rows]))
 
 
-def _file_of(out: Path, key: str) -> Path:
-    """A key's PNG below `out`: a key with `..` or a leading `/` must not leave it."""
+def _save(picture: torch.Tensor, file: Path) -> None:
+    pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
+    if not has_colours(pixels.shape[2]):
+        Bands.of(pixels).save(file)
+    else:
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file)
+
+
+def _file_of(out: Path, key: str, suffix: str) -> Path:
+    """A key's file below `out`: a key with `..` or a leading `/` must not leave it."""
     parts = [part for part in PurePosixPath(key).parts if part not in ("/", "..")]
     parts = [part if len(part.encode()) <= 200 else _short(part) for part in parts]
     path = out.joinpath(*parts) if parts else out / "picture"
-    return path.with_name(path.name + ".png")
+    return path.with_name(path.name + suffix)
 
 
 def _short(part: str) -> str:

@@ -83,7 +83,7 @@ class Job:
             preprocessing = preprocessing.for_factor(frozen.downsampling)
         except ValueError as error:
             raise UserError(str(error)) from error
-        source = open_source(config).first(config.limit)
+        source = open_source(config, frozen.image_channels).first(config.limit)
         stored = storage_for(frozen, store, dtype)
         sides = [tuple(s // frozen.downsampling for s in size) for size in preprocessing.sizes()]
         shapes = [(frozen.channels, *side) for side in sides]

@@ -114,7 +114,7 @@ class BatchEncoder:
         self.dtype = DTYPES[storage.dtype]
 
     def __call__(self, images: Tensor, checks: list[int]) -> EncodedBatch:
-        """Encodes uint8 pictures of shape (B, 3, H, W); on a GPU it returns before that is done."""
+        """Encodes uint8 pictures of shape (B, C, H, W); on a GPU it returns before that is done."""
         size = (images.shape[2], images.shape[3])
         if self.frozen.device.type != "cuda":
             began = time.perf_counter()

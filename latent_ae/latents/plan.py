@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 from latent_ae.config import EncodingSource, Preprocessing, Storage
@@ -165,6 +166,8 @@ def _first_bytes(value: Any) -> bytes:
     """How long a picture's file is, and how it begins."""
     path = value.get("path") if isinstance(value, dict) else None
     content = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(content, np.ndarray):  # a picture of many bands
+        return f"{content.shape} ".encode() + content.tobytes()[:4096]
     if isinstance(content, bytes):
         return f"{len(content)} ".encode() + content[:4096]
     try:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from latent_ae.channels import as_rgb
 from latent_ae.config import AlignmentConfig
 from latent_ae.losses.vision import VisionModel
 
@@ -72,10 +73,11 @@ class Alignment(nn.Module):
         """The two terms, `alignment_cosine` and `alignment_distance`, each a scalar.
 
         Args:
-            images: that were encoded, of shape (B, 3, H, W), in [-1, 1].
+            images: that were encoded, of shape (B, C, H, W), in [-1, 1]; grey and RGBA ones are
+                shown to the model as RGB (`channels.as_rgb`).
             latents: of shape (B, c, h, w).
         """
-        features = self.vision(images)
+        features = self.vision(as_rgb(images))
         if features.shape[-2:] != latents.shape[-2:]:
             sides = (latents.shape[-2], latents.shape[-1])
             features = F.interpolate(features, sides, mode="bilinear", align_corners=False)

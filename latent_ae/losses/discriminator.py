@@ -70,7 +70,7 @@ class NLayerDiscriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, in_channels: int = 3) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.in_channels = config, in_channels
         widths = [config.channels * min(2**n, 8) for n in range(config.layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), _activation()]
         for n in range(1, config.layers + 1):
@@ -156,7 +156,9 @@ def load_discriminator(
             state = {name[name.index("main.") :]: file.get_tensor(name) for name in names}
         if told is not None:
             layout = DiscriminatorConfig(**json.loads(told))
-        discriminator = NLayerDiscriminator(layout or DiscriminatorConfig())
+        # The first convolution tells the channels, whatever spectral_norm calls its weight.
+        first = next(value for name, value in state.items() if value.ndim == 4 and ".0." in name)
+        discriminator = NLayerDiscriminator(layout or DiscriminatorConfig(), first.shape[1])
         discriminator.load_state_dict(state)
     except Exception as error:  # safetensors', json's, pydantic's and torch's
         reason = str(error).splitlines()[0]

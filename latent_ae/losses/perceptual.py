@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from latent_ae.channels import as_rgb
 from latent_ae.errors import UserError
 
 __all__ = ["PerceptualLoss", "load_backbone"]
@@ -91,7 +92,13 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, target: Tensor, reconstruction: Tensor) -> Tensor:
-        """The distance of each pair of images in [-1, 1], of shape (B, 3, H, W); returns (B,)."""
+        """The distance of each pair of images; returns (B,).
+
+        Args:
+            target: of shape (B, C, H, W), in [-1, 1]; C is 1 (seen as grey RGB), 3, or 4 (seen over
+                white: `channels.as_rgb`).
+            reconstruction: likewise.
+        """
         with torch.no_grad():
             wanted = self._features(target)
         distance = torch.zeros(len(target), device=target.device)
@@ -104,7 +111,7 @@ class PerceptualLoss(nn.Module):
         return distance
 
     def _features(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.lpips.net(self.lpips.scaling_layer(images))
+        return self.lpips.net(self.lpips.scaling_layer(as_rgb(images)))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from latent_ae.errors import UserError
 from latent_ae.processes import from_main
+from latent_ae.run_folder import judging_metric
 from latent_ae.training.log import RunLog
 from latent_ae.training.run import Run
 from latent_ae.training.sharding import whole
@@ -126,9 +127,10 @@ class Recorder:
 
     def _validate(self) -> None:
         """Measures, and keeps the weights if none before were better."""
-        run, by = self.run, self.run.config.training.best_by
+        run = self.run
         with self.log.paused():
             metrics = validate(run)
+        by = judging_metric(metrics, run.config.training.best_by)
         sign = -1 if by == "lpips" else 1
         best = from_main(lambda: run.folder.best_score(by))
         improved = best is None or sign * metrics[by] > sign * best

@@ -17,10 +17,11 @@ from latent_ae.adversary import Adversary, shape_of_discriminator
 from latent_ae.autoencoder import (
     Autoencoder,
     downsampling,
+    image_channels,
     require_divisible,
     trained_parameters,
 )
-from latent_ae.config import SMALLEST_MEASURED, Config, TrainingConfig
+from latent_ae.config import SMALLEST_MEASURED, Config, TrainingConfig, colourless
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
@@ -126,6 +127,7 @@ class Run:
             world=self.accelerator.num_processes,
             start=progress["images"],
             state=progress["loader"],
+            channels=image_channels(self.network),
         )
 
     def close(self) -> None:
@@ -175,16 +177,16 @@ def prepare(config: Config) -> Run:
     _check(config, model.network)
     if not folder.all_checkpoints():
         _initialize(config, model.network)
-    shape = model.network.config
+    channels = image_channels(model.network)
     objective = Objective(
         config.losses,
         config.bottleneck,
-        channels=shape["out_channels"],
-        latent_channels=shape["latent_channels"],
+        channels=channels,
+        latent_channels=model.network.config["latent_channels"],
     )
     alignment = config.losses.alignment
     model.share = GradientShare(alignment.weight) if alignment and alignment.adaptive else None
-    adversary = rule = Adversary(config.adversary) if config.adversary else None
+    adversary = rule = Adversary(config.adversary, channels) if config.adversary else None
     if config.training.channels_last:
         for part in (objective, adversary):  # or LPIPS would copy every picture back
             if part is not None:
@@ -286,19 +288,23 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
         data = config.data.model_copy(update={"workers": 0, "batch_size": crops})
-        images = next(TrainingStream(data, seed=config.training.seed)).images
-        linear_code_(network, normalize(images))
+        channels = image_channels(network)
+        stream = TrainingStream(data, seed=config.training.seed, channels=channels)
+        linear_code_(network, normalize(next(stream).images))
 
 
 def _check(config: Config, network: AutoencoderKL) -> None:
     """Refuses before the first step what would fail later."""
     require_divisible(config.data.resolution, network, "data.resolution")
+    channels = image_channels(network)
+    if reason := colourless(config.losses, channels):
+        raise UserError(reason)
     if config.validation is not None:
         if config.validation.resolution:
             require_divisible(config.validation.resolution, network, "validation.resolution")
-        require_one_readable(config.validation)
+        require_one_readable(config.validation, channels)
     if config.adversary is not None:
-        shape_of_discriminator(config.adversary, config.data.resolution)
+        shape_of_discriminator(config.adversary, config.data.resolution, channels)
     equivariance = _equivariance(config, network)
     if equivariance is not None:
         equivariance.require_room(config.data.resolution)
@@ -310,7 +316,9 @@ def _equivariance(config: Config, network: AutoencoderKL) -> Equivariance | None
         return None
     smallest = SMALLEST_MEASURED if config.losses.perceptual else 1
     if config.adversary is not None:
-        judge = shape_of_discriminator(config.adversary, config.data.resolution)
+        judge = shape_of_discriminator(
+            config.adversary, config.data.resolution, image_channels(network)
+        )
         smallest = max(smallest, judge.smallest_side)
     seed, factor = config.training.seed, downsampling(network)
     return Equivariance(config.losses.equivariance, seed, factor, smallest)

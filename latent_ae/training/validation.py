@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL
 
-from latent_ae.autoencoder import full_precision, reconstruct, trained_parameters
+from latent_ae.autoencoder import (
+    full_precision,
+    image_channels,
+    reconstruct,
+    trained_parameters,
+)
+from latent_ae.channels import has_colours
 from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize
 from latent_ae.metrics import ReconstructionMetrics
@@ -63,7 +69,8 @@ def validate(run: Run) -> dict[str, float]:
     The main process measures while the others wait: nothing goes through the wrapped module.
 
     Returns:
-        `psnr` (dB), `ssim`, `lpips` (AlexNet), means over the pictures; the same on every process.
+        `psnr` (dB), `ssim`, `lpips` (AlexNet; not of pictures without colours), means over the
+        pictures; the same on every process.
 
     Raises:
         UserError: the source cannot be opened or none of its pictures can be read.
@@ -77,12 +84,14 @@ def validate(run: Run) -> dict[str, float]:
 @torch.no_grad()
 def _measure(run: Run, network: AutoencoderKL, config: ValidationConfig) -> dict[str, float]:
     device = run.accelerator.device
-    metrics = ReconstructionMetrics(device)
+    channels = image_channels(network)
+    metrics = ReconstructionMetrics(device, ("alex",) if has_colours(channels) else ())
     batches = evaluation_batches(
         config,
         config.resolution or run.config.data.resolution,
         batch_size=config.batch_size,
         limit=config.images,
+        channels=channels,
     )
     kept = []
     training = network.training

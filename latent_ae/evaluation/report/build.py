@@ -155,6 +155,7 @@ def _facts(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("path", result.data.path),
                 ("pictures", numbers.count(result.data.images)),
                 ("SHA-256 of the pixels", result.data.pixels_sha256 or numbers.MISSING),
+                *([("channels", result.data.note)] if result.data.note else []),
             ],
         ),
     ]

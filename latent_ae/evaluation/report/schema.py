@@ -41,6 +41,7 @@ class Data(_Part):
     pixels_sha256: str | None = None
     skipped: list[Skip] = []
     not_finite: list[str] = []
+    note: str | None = None
 
 
 class Model(_Part):
