@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
 
 import torch
 from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
-from latent_ae.config import AdversaryConfig, Config
+from latent_ae.config import AdversaryConfig, Config, DataConfig
 from latent_ae.memory import training_memory
 
 __all__ = ["describe"]
@@ -33,6 +34,8 @@ def describe(
         with torch.device("cpu" if config.network.path else "meta"):
             network = build_network(config.network)
     require_divisible(config.data.resolution, network, "data.resolution")
+    if config.data.buckets is not None:
+        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
     factor, side = downsampling(network), config.data.resolution
     channels = network.config["latent_channels"]
     shape = (channels, side // factor, side // factor)
@@ -56,9 +59,22 @@ def describe(
         "learning rate": _rate(config, batch),
         "training": f"{training.steps:,} steps, {training.steps * batch:,} images",
     }
+    if config.data.buckets is not None:
+        facts["buckets"] = _buckets(config.data)
     memory = training_memory(config, network, processes)
     largest = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     return {**facts, "memory a process": f"about {_size(memory.total)} ({largest})"}
+
+
+def _buckets(data: DataConfig) -> str:
+    """The shapes of each resolution, width × height, and their batch size."""
+    lines = []
+    for resolution, buckets in groupby(data.shapes(), key=lambda bucket: bucket.resolution):
+        found = sorted(buckets, key=lambda bucket: bucket.width / bucket.height)
+        sides = ", ".join(f"{bucket.width} × {bucket.height}" for bucket in found)
+        share = data.resolutions.count(resolution) / len(data.resolutions)
+        lines.append(f"{found[0].batch_size} a batch for {share:.0%} of the time: {sides}")
+    return "; ".join(lines)
 
 
 def _size(size: int) -> str:
@@ -76,7 +92,7 @@ def _rate(config: Config, batch: int) -> str:
 
 
 def _adversary(config: AdversaryConfig, run: Config) -> str:
-    judge = shape_of_discriminator(config, run.data.resolution)
+    judge = shape_of_discriminator(config, run.data.smallest_side())
     count = sum(p.numel() for p in judge.parameters())
     weight = f"{config.weight:g}{' × the adaptive weight' if config.adaptive else ''}"
     learns = max(0, config.start - config.warmup_steps)

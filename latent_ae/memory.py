@@ -50,8 +50,8 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         model.train()
         objective = Objective(config.losses, config.bottleneck, untrained=True)
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}))
-        side = config.data.resolution
-        images = torch.empty(config.data.batch_size, 3, side, side)
+        shape = config.data.largest_shape()
+        images = torch.empty(shape.batch_size, 3, shape.height, shape.width)
         saved = count_saved_bytes(model, objective, judge or None, images, config)
     share = processes if config.training.shard else 1
     weights = _bytes(model) // share

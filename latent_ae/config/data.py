@@ -61,7 +61,7 @@ class DataConfig(SourceConfig):
     """Pictures a process and micro-step; with buckets, of those at `resolution`: batches at other
     resolutions have as many pixels."""
     buckets: BucketsConfig | None = None
-    """Keep about the aspect of each picture, and train at several resolutions; left out: squares."""
+    """Keep about the aspect of each picture, at one resolution or several; left out: squares."""
     workers: NonNegativeInt = 4
     """Loader processes beside each training process."""
     shuffle_buffer: PositiveInt = 1000
@@ -121,6 +121,10 @@ class DataConfig(SourceConfig):
             sizes = bucket_sizes(resolution, self.buckets.multiple, self.buckets.max_aspect)
             found += [Bucket(resolution, *size, count) for size in sizes]
         return found
+
+    def smallest_side(self) -> int:
+        """Of all shapes, in pixels."""
+        return min(min(bucket.height, bucket.width) for bucket in self.shapes())
 
     def largest_shape(self) -> Bucket:
         """The one whose batch has the most pixels."""

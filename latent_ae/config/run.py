@@ -44,7 +44,7 @@ class Config(AutoencoderConfig):
                 f"data.resolution {self.data.resolution} is too small for LPIPS and SSIM; they "
                 f"need {SMALLEST_MEASURED}"
             )
-        smallest = min(min(shape.height, shape.width) for shape in self.data.shapes())
+        smallest = self.data.smallest_side()
         if self.losses.perceptual and smallest < SMALLEST_MEASURED:
             raise ValueError(
                 f"data.buckets have a side of {smallest}, which is too small for LPIPS: it needs "

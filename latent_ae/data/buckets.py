@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from latent_ae.config import DataConfig
 
@@ -30,11 +31,9 @@ class Ticket(NamedTuple):
     bucket: int
 
 
-def nearest_size(
-    sizes: list[tuple[int, int]], widths: np.ndarray, heights: np.ndarray
-) -> np.ndarray:
+def nearest_size(sizes: list[tuple[int, int]], widths: ArrayLike, heights: ArrayLike) -> np.ndarray:
     """The place in `sizes`, (height, width) each, of the nearest aspect, by ratio; any shape."""
-    aspects = np.log(widths / heights)
+    aspects = np.log(np.asarray(widths) / np.asarray(heights))
     places, nearest = np.zeros(np.shape(aspects), np.int16), np.full(np.shape(aspects), np.inf)
     for place, (height, width) in enumerate(sizes):
         distance = abs(np.log(width / height) - aspects)
@@ -53,7 +52,9 @@ class BucketPlan:
         world: how many processes share a batch.
     """
 
-    def __init__(self, config: DataConfig, sizes: np.ndarray, seed: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, config: DataConfig, sizes: np.ndarray, seed: int = 0, world: int = 1
+    ) -> None:
         self.buckets = config.shapes()
         self.seed, self.world = seed, world
         self._readable = sizes.min(axis=1) > 0

@@ -70,9 +70,9 @@ def _read(source: Source, rows: np.ndarray) -> list[tuple[int, int] | Skipped]:
 
 def _cache(source: Source) -> Path:
     """The file for these rows: their fingerprint changes with any file's time, and with filters."""
-    import datasets
+    from datasets import config
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "latent_ae" / f"{source.rows._fingerprint}.npy"
+    return Path(config.HF_DATASETS_CACHE) / "latent_ae" / f"{source.rows._fingerprint}.npy"
 
 
 def _cached(cache: Path, rows: int) -> np.ndarray | None:

@@ -61,7 +61,7 @@ class Variants:
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
         """The (height, width) of the bucket whose aspect is nearest, by ratio."""
-        return self._sizes[int(nearest_size(self._sizes, np.int64(width), np.int64(height)))]
+        return self._sizes[int(nearest_size(self._sizes, width, height))]
 
     def _places(
         self, picture: Image.Image, width: int, height: int, position: int

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def effective_batch(self) -> int:
-        """Pictures an update, over all processes and micro-steps."""
+        """Pictures an update, over all processes and micro-steps; with buckets, at `resolution`."""
         training, data = self.config.training, self.config.data
         return data.batch_size * training.accumulation * self.accelerator.num_processes
 
@@ -111,14 +111,16 @@ class Run:
         same = progress.get("learning_rate", rate) == rate
         self.rollbacks = progress["rollbacks"] if same else 0
         self.guard.begin(progress.get("skipped", 0))
-        self.stream = TrainingStream(
-            self.config.data,
-            seed=self.config.training.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            start=progress["images"],
-            state=progress["loader"],
-        )
+        # The first one leaves in the cache what all have to know of the pictures.
+        with self.accelerator.local_main_process_first():
+            self.stream = TrainingStream(
+                self.config.data,
+                seed=self.config.training.seed,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                start=progress["images"],
+                state=progress["loader"],
+            )
 
     def close(self) -> None:
         """Ends the loader's workers."""
@@ -263,7 +265,7 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
     elif config.network.init == "linear":
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
-        data = config.data.model_copy(update={"workers": 0, "batch_size": crops})
+        data = config.data.squares(crops).model_copy(update={"workers": 0})
         images = next(TrainingStream(data, seed=config.training.seed)).images
         linear_code_(network, normalize(images))
 
@@ -271,9 +273,11 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
 def _check(config: Config, network: AutoencoderKL) -> None:
     """Refuses before the first step what would fail later."""
     require_divisible(config.data.resolution, network, "data.resolution")
+    if config.data.buckets is not None:
+        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
     if config.validation is not None:
         if config.validation.resolution:
             require_divisible(config.validation.resolution, network, "validation.resolution")
         require_one_readable(config.validation)
     if config.adversary is not None:
-        shape_of_discriminator(config.adversary, config.data.resolution)
+        shape_of_discriminator(config.adversary, config.data.smallest_side())
