@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
 from latent_ae.autoencoder import build_network, downsampling, require_divisible
-from latent_ae.config import AdversaryConfig, Config, DataConfig
+from latent_ae.config import AdversaryConfig, Config, DataConfig, largest_cut
 from latent_ae.memory import training_memory
 
 __all__ = ["describe"]
@@ -43,6 +43,7 @@ def describe(
     training = config.training
     micro, accumulation = config.data.batch_size, training.accumulation
     batch = micro * accumulation * processes
+    at = f" at {side}²" if len(set(config.data.resolutions)) > 1 else ""
     parts = {"encoder": network.encoder, "decoder": network.decoder, "in all": network}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     values = channels * shape[1] * shape[2]
@@ -54,12 +55,13 @@ def describe(
         "loss": _loss(config) + ", per image element",
         "kl weight λ": _weight(config, values / (3 * side * side)),
         "adversary": _adversary(config.adversary, config) if config.adversary else "none",
-        "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
+        "effective batch": f"{batch}{at} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
         "learning rate": _rate(config, batch),
-        "training": f"{training.steps:,} steps, {training.steps * batch:,} images",
+        "training": _length(config, accumulation * processes),
     }
     if config.data.buckets is not None:
+        facts["images"] += ", or as many pixels"
         facts["buckets"] = _buckets(config.data)
     memory = training_memory(config, network, processes)
     largest = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
@@ -68,13 +70,27 @@ def describe(
 
 def _buckets(data: DataConfig) -> str:
     """The shapes of each resolution, width × height, and their batch size."""
+    assert data.buckets is not None
     lines = []
     for resolution, buckets in groupby(data.shapes(), key=lambda bucket: bucket.resolution):
         found = sorted(buckets, key=lambda bucket: bucket.width / bucket.height)
         sides = ", ".join(f"{bucket.width} × {bucket.height}" for bucket in found)
         share = data.resolutions.count(resolution) / len(data.resolutions)
-        lines.append(f"{found[0].batch_size} a batch for {share:.0%} of the time: {sides}")
+        lost = largest_cut([(b.height, b.width) for b in found], data.buckets.max_aspect)
+        lines.append(
+            f"{found[0].batch_size} a process at {resolution}² ({share:.0%} of the pictures): "
+            f"{sides}, which cut away up to {lost:.0%} of a picture"
+        )
     return "; ".join(lines)
+
+
+def _length(config: Config, times: int) -> str:
+    """How long it trains; `times` is the number of batches an update."""
+    steps, data = config.training.steps, config.data
+    sizes = {bucket.resolution: bucket.batch_size for bucket in data.shapes()}
+    batch = len(data.resolutions) / sum(1 / sizes[side] for side in data.resolutions)
+    about = "about " if len(sizes) > 1 else ""
+    return f"{steps:,} steps, {about}{round(steps * times * batch):,} images"
 
 
 def _size(size: int) -> str:

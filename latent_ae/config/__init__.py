@@ -1,7 +1,7 @@
 """The keys of a run's YAML file, their defaults and what they mean."""
 
 from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
-from latent_ae.config.buckets import Bucket, BucketsConfig, bucket_sizes
+from latent_ae.config.buckets import Bucket, BucketsConfig, bucket_sizes, largest_cut
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
 from latent_ae.config.encoding import EncodingSource, Preprocessing, Storage
 from latent_ae.config.losses import LossesConfig, PerceptualConfig
@@ -34,4 +34,5 @@ __all__ = [
     "TrainingConfig",
     "ValidationConfig",
     "bucket_sizes",
+    "largest_cut",
 ]

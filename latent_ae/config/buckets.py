@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 from pydantic import Field, PositiveInt
 
 from latent_ae.config.section import Section
 
-__all__ = ["Bucket", "BucketsConfig", "bucket_sizes"]
+__all__ = ["Bucket", "BucketsConfig", "bucket_sizes", "largest_cut"]
 
 
 class Bucket(NamedTuple):
@@ -61,3 +62,19 @@ def bucket_sizes(resolution: int, step: int, max_aspect: float) -> list[tuple[in
             found |= {(short, long), (long, short)}
     side = math.isqrt(area) // step * step
     return sorted(found | {(side, side)})
+
+
+def largest_cut(sizes: list[tuple[int, int]], max_aspect: float) -> float:
+    """The largest share of a picture that the nearest of `sizes` cuts away.
+
+    Of pictures no longer than `max_aspect`: the worst lies half-way between two neighbours, in
+    ratio, or at the end.
+
+    Args:
+        sizes: (height, width) each.
+        max_aspect: of the pictures.
+    """
+    aspects = sorted(width / height for height, width in sizes)
+    between = [math.sqrt(a / b) for a, b in pairwise(aspects)]
+    kept = min([*between, aspects[-1] / max_aspect, 1 / (aspects[0] * max_aspect)])
+    return 1 - min(kept, 1.0)

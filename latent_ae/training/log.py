@@ -102,6 +102,7 @@ class RunLog:
         row |= {
             "learning_rate": learning_rate(training, run.step - 1) * run.rate_factor,
             "skipped_steps": run.guard.look()[1],
+            "images": run.images,
             "images_per_second": self.images * run.accelerator.num_processes / elapsed,
             "data_wait_share": waited / elapsed,
         }
