@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,7 +15,7 @@ from latent_ae.autoencoder import (
     image_channels,
     require_divisible,
 )
-from latent_ae.config import Config, LossesConfig
+from latent_ae.config import Config, DataConfig, LossesConfig, largest_cut
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
 
@@ -39,6 +40,8 @@ def describe(
         with torch.device("cpu" if config.network.path else "meta"):
             network = build_network(config.network)
     require_divisible(config.data.resolution, network, "data.resolution")
+    if config.data.buckets is not None:
+        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
     factor, side = downsampling(network), config.data.resolution
     pixels = image_channels(network) * side * side
     channels = network.config["latent_channels"]
@@ -47,6 +50,7 @@ def describe(
     training = config.training
     micro, accumulation = config.data.batch_size, training.accumulation
     batch = micro * accumulation * processes
+    at = f" at {side}²" if len(set(config.data.resolutions)) > 1 else ""
     parts = {"encoder": network.encoder, "decoder": network.decoder, "in all": network}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     values = channels * shape[1] * shape[2]
@@ -59,14 +63,42 @@ def describe(
         "loss": _loss(config) + ", per image element",
         "kl weight λ": _weight(config, values / pixels),
         "adversary": _adversary(config, image_channels(network)) if config.adversary else "none",
-        "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
+        "effective batch": f"{batch}{at} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
         "learning rate": _rate(config, batch),
-        "training": f"{training.steps:,} steps, {training.steps * batch:,} images",
+        "training": _length(config, accumulation * processes),
     }
+    if config.data.buckets is not None:
+        facts["images"] += ", or as many pixels"
+        facts["buckets"] = _buckets(config.data)
     memory = training_memory(config, network, processes)
     largest = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     return {**facts, "memory a process": f"about {_size(memory.total)} ({largest})"}
+
+
+def _buckets(data: DataConfig) -> str:
+    """The shapes of each resolution, width × height, and their batch size."""
+    assert data.buckets is not None
+    lines = []
+    for resolution, buckets in groupby(data.shapes(), key=lambda bucket: bucket.resolution):
+        found = sorted(buckets, key=lambda bucket: bucket.width / bucket.height)
+        sides = ", ".join(f"{bucket.width} × {bucket.height}" for bucket in found)
+        share = data.resolutions.count(resolution) / len(data.resolutions)
+        lost = largest_cut([(b.height, b.width) for b in found], data.buckets.max_aspect)
+        lines.append(
+            f"{found[0].batch_size} a process at {resolution}² ({share:.0%} of the pictures): "
+            f"{sides}, which cut away up to {lost:.0%} of a picture"
+        )
+    return "; ".join(lines)
+
+
+def _length(config: Config, times: int) -> str:
+    """How long it trains; `times` is the number of batches an update."""
+    steps, data = config.training.steps, config.data
+    sizes = {bucket.resolution: bucket.batch_size for bucket in data.shapes()}
+    batch = len(data.resolutions) / sum(1 / sizes[side] for side in data.resolutions)
+    about = "about " if len(sizes) > 1 else ""
+    return f"{steps:,} steps, {about}{round(steps * times * batch):,} images"
 
 
 def _size(size: int) -> str:
@@ -86,7 +118,7 @@ def _rate(config: Config, batch: int) -> str:
 def _adversary(run: Config, channels: int) -> str:
     config = run.adversary
     assert config is not None
-    judge = shape_of_discriminator(config, run.data.resolution, channels)
+    judge = shape_of_discriminator(config, run.data.smallest_side(), channels)
     count = sum(p.numel() for p in judge.parameters())
     weight = f"{config.weight:g}{' × the adaptive weight' if config.adaptive else ''}"
     learns = max(0, config.start - config.warmup_steps)

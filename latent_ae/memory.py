@@ -60,8 +60,8 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
             untrained=True,
         )
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}), channels)
-        side = config.data.resolution
-        images = torch.empty(config.data.batch_size, channels, side, side)
+        shape = config.data.largest_shape()
+        images = torch.empty(shape.batch_size, channels, shape.height, shape.width)
         saved = count_saved_bytes(model, objective, judge or None, images, config)
     share = processes if config.training.shard else 1
     weights, trained = _bytes(model) // share, _bytes(model, trained=True) // share

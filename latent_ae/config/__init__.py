@@ -1,6 +1,7 @@
 """The keys of a run's YAML file, their defaults and what they mean."""
 
 from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
+from latent_ae.config.buckets import Bucket, BucketsConfig, bucket_sizes, largest_cut
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
 from latent_ae.config.encoding import EncodingSource, Preprocessing, Storage
 from latent_ae.config.losses import (
@@ -22,6 +23,8 @@ __all__ = [
     "AlignmentConfig",
     "AutoencoderConfig",
     "BottleneckConfig",
+    "Bucket",
+    "BucketsConfig",
     "Config",
     "DataConfig",
     "DiscriminatorConfig",
@@ -37,5 +40,7 @@ __all__ = [
     "Storage",
     "TrainingConfig",
     "ValidationConfig",
+    "bucket_sizes",
     "colourless",
+    "largest_cut",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from latent_ae.config.buckets import bucket_sizes
 from latent_ae.config.data import SourceConfig
 from latent_ae.config.section import Section
 
@@ -90,21 +90,10 @@ class Preprocessing(Section):
         return self.model_copy(update={"bucket_step": step})
 
     def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) that a crop can have, in pixels; needs `for_factor` with buckets.
-
-        For every width the largest height that keeps the area at or below resolution², and the
-        same turned (NovelAI 2022, "Aspect ratio bucketing").
-        """
+        """The (height, width) that a crop can have, in pixels; needs `for_factor` with buckets."""
         if not self.buckets:
             return [(self.resolution, self.resolution)]
-        step, area = self.bucket_step or self.resolution, self.resolution**2
-        found = set()
-        for short in range(step, self.resolution + 1, step):
-            long = area // short // step * step
-            if short <= long <= self.max_aspect * short:
-                found |= {(short, long), (long, short)}
-        side = math.isqrt(area) // step * step
-        return sorted(found | {(side, side)})
+        return bucket_sizes(self.resolution, self.bucket_step or self.resolution, self.max_aspect)
 
 
 class Storage(Section):

@@ -51,6 +51,8 @@ class Config(AutoencoderConfig):
         sizes = {"data.resolution": self.data.resolution}
         if self.validation and self.validation.resolution:
             sizes["validation.resolution"] = self.validation.resolution
+        if self.data.buckets:
+            sizes["data.buckets.multiple"] = self.data.buckets.multiple
         for key, size in sizes.items():
             if self.network.path is None and size % self.network.downsampling:
                 raise ValueError(
@@ -65,5 +67,11 @@ class Config(AutoencoderConfig):
             raise ValueError(
                 f"data.resolution {self.data.resolution} is too small for LPIPS and SSIM; they "
                 f"need {SMALLEST_MEASURED}"
+            )
+        smallest = self.data.smallest_side()
+        if self.losses.perceptual and smallest < SMALLEST_MEASURED:
+            raise ValueError(
+                f"data.buckets have a side of {smallest}, which is too small for LPIPS: it needs "
+                f"{SMALLEST_MEASURED}; lower max_aspect, or raise multiple or the resolutions"
             )
         return self

@@ -5,14 +5,23 @@ from __future__ import annotations
 import errno
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from latent_ae.data.bands import Bands
 
-__all__ = ["UnreadableFile", "UnreadableImage", "decode_array", "decode_image", "to_rgb"]
+__all__ = [
+    "UnreadableFile",
+    "UnreadableImage",
+    "decode_array",
+    "decode_image",
+    "to_rgb",
+    "upright_size",
+]
 
 
 class UnreadableImage(Exception):
@@ -44,15 +53,42 @@ def decode_image(value: Any, channels: int = 3) -> Image.Image | Bands:
         UnreadableImage: truncated, no picture, or a kind with no certain reading.
         UnreadableFile: likewise, where another time the same file may be read.
     """
+    # Pillow warns of odd metadata and of large pictures; neither changes the pixels.
+    with _reasons(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(value) as picture:
+            if channels not in (1, 3) and _pages(picture) > 1:
+                return _from_pages(picture, channels)
+            picture.load()
+            return _with_channels(ImageOps.exif_transpose(picture), channels)
+
+
+def upright_size(value: Any) -> tuple[int, int]:
+    """The (width, height) that `decode_image` would give, from the header: nothing is decoded.
+
+    A PNG whose orientation stands behind its pixels is taken as it lies; no camera writes that.
+
+    Args:
+        value: as for `decode_image`.
+
+    Raises:
+        UnreadableImage: there is no header of a picture.
+        UnreadableFile: likewise, where another time the same file may be read.
+    """
+    with _reasons(), _open(value) as picture:
+        width, height = picture.size
+        if picture.format == "TIFF":  # Pillow has turned its size already
+            return width, height
+        # Not the PNG class's own, which decodes the picture to look for an orientation behind it.
+        turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever Pillow raises becomes an `UnreadableImage` with the reason."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata and of large pictures; neither changes the pixels.
-            warnings.simplefilter("ignore")
-            with _open(value) as picture:
-                if channels not in (1, 3) and _pages(picture) > 1:
-                    return _from_pages(picture, channels)
-                picture.load()
-                return _with_channels(ImageOps.exif_transpose(picture), channels)
+        yield
     except UnreadableImage:
         raise
     except MemoryError as error:

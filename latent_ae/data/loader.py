@@ -2,7 +2,8 @@
 
 A picture's crop depends on (seed, epoch, index) alone, and the order on (seed, epoch) alone. So the
 stream is the same for any number of workers, N processes of batch B see what one of batch N·B sees,
-and a run resumes from one integer: how many pictures it has had.
+and a run resumes from one integer: how many pictures it has had. With aspect buckets the order of
+batches is that of `BucketPlan`, and all of this holds still.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from latent_ae.data.buckets import BucketPlan, Ticket
 from latent_ae.data.decoding import UnreadableImage
 from latent_ae.data.samples import Batch, Sample, Skipped, collate, read_sample
+from latent_ae.data.sizes import picture_sizes
 from latent_ae.data.sources import Source, open_source
 from latent_ae.data.transforms import TrainingCrop
 from latent_ae.errors import UserError
@@ -72,6 +76,38 @@ class _Tickets(Sampler[list[tuple[int, int]]]):
             places = (divmod(position + i, self.count) for i in range(self.batch_size))
             yield [(epoch, int(order(epoch)[offset])) for epoch, offset in places]
             position += self.world * self.batch_size
+
+
+class _Bucketed(Dataset):
+    """The same with buckets: a ticket says the bucket too, and a stand-in is cut to its shape."""
+
+    def __init__(self, source: Source, crop: TrainingCrop, plan: BucketPlan) -> None:
+        self.source, self.crop, self.plan = source, crop, plan
+
+    def __getitem__(self, ticket: Ticket) -> Sample:
+        rng = np.random.default_rng([self.plan.seed, ticket.epoch, ticket.index])
+        bucket = self.plan.buckets[ticket.bucket]
+        size, skipped = (bucket.height, bucket.width), []
+        for position in chain([ticket.index], self.plan.stand_ins(ticket)):
+            row = self.source.rows[position]
+            item = read_sample(self.source, row, position, lambda p: self.crop(p, rng, size))
+            if isinstance(item, Sample):
+                item.skipped = skipped
+                return item
+            skipped.append(item)
+        raise UserError("no picture of the data set can be read any more")
+
+
+class _Shares(Sampler[list[Ticket]]):
+    """This process's share of each batch of a plan, from picture number `start` on."""
+
+    def __init__(self, plan: BucketPlan, rank: int, start: int) -> None:
+        self.plan, self.rank, self.start = plan, rank, start
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        for batch in self.plan.batches(self.start):
+            share = len(batch) // self.plan.world
+            yield batch[self.rank * share : (self.rank + 1) * share]
 
 
 class _Streamed(IterableDataset):
@@ -173,6 +209,8 @@ class TrainingStream:
             "generator": torch.Generator(),
         }
         self._loader: DataLoader | StatefulDataLoader
+        self.plan: BucketPlan | None = None
+        self._unreadable: list[Skipped] = []
         if config.streaming:
             dataset = _Streamed(source, crop, seed, rank, world)
             options["num_workers"] = min(config.workers, dataset.rows.num_shards)
@@ -181,6 +219,15 @@ class TrainingStream:
                 self._loader = StatefulDataLoader(dataset, config.batch_size, **options)
             if state is not None:
                 self._loader.load_state_dict(state)
+        elif config.buckets is not None:
+            sizes, unreadable = picture_sizes(source)
+            self._unreadable = unreadable if rank == 0 else []  # each is told once
+            self.plan = BucketPlan(config, sizes, seed, world)
+            self._loader = DataLoader(
+                _Bucketed(source, crop, self.plan),
+                batch_sampler=_Shares(self.plan, rank, start),
+                **options,
+            )
         else:
             count = len(source.rows)
             tickets = _Tickets(count, config.batch_size, seed, rank, world, start)
@@ -190,6 +237,12 @@ class TrainingStream:
         self.source, self._rank = source, rank
         # Pictures of one pass; None where nobody knows before the stream ends.
         self.epoch: int | None = None if config.streaming else len(source.rows)
+        # Batches of one pass, of all processes together, on average.
+        self.batches: float | None = None
+        if self.plan is not None:
+            self.batches = self.plan.batches_per_epoch
+        elif self.epoch is not None:
+            self.batches = self.epoch / (world * config.batch_size)
         self._batches = iter(self._loader)
         self._finalizer = weakref.finalize(self, _end_workers, self._batches)
         # Before multiprocessing's own end, which would wait for workers that ignore its signal.
@@ -204,7 +257,10 @@ class TrainingStream:
 
     def __next__(self) -> Batch:
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            batch.skipped.extend(self._unreadable)
+            self._unreadable = []
+            return batch
         except StopIteration:
             raise UserError(
                 f"process {self._rank} finds no picture in its share of the stream; take fewer "

@@ -15,7 +15,7 @@ from typing import Any
 from latent_ae.channels import has_colours
 from latent_ae.config import EncodingSource, SourceConfig
 from latent_ae.data.arrays import find_array_column, require_readable
-from latent_ae.data.decoding import decode_array, decode_image
+from latent_ae.data.decoding import decode_array, decode_image, upright_size
 from latent_ae.data.filters import RowFilter
 from latent_ae.errors import UserError
 
@@ -65,6 +65,17 @@ class Source:
         if self.array_type is not None:
             return decode_array(value, self.channels, self.array_type)
         return decode_image(value, self.channels)
+
+    def picture_size(self, row: dict[str, Any]) -> tuple[int, int]:
+        """(width, height) of `picture`, without decoding it.
+
+        Raises:
+            UnreadableImage: there is no picture, as far as its header tells.
+        """
+        value = row[self.image_column]
+        if self.array_type is not None:
+            return decode_array(value, self.channels, self.array_type).size
+        return upright_size(value)
 
     def key(self, row: dict[str, Any], position: int) -> str:
         """A name for the row: its path below the root, its `__key__`, or its position."""

@@ -24,6 +24,7 @@ __all__ = [
     "RESIZES",
     "CenterCrop",
     "TrainingCrop",
+    "cover",
     "halve_while_twice",
     "normalize",
     "resize_shorter_side",
@@ -58,6 +59,32 @@ def halve_while_twice(picture: Image.Image, size: tuple[int, int]) -> Image.Imag
         half = (picture.width // 2, picture.height // 2)
         picture = picture.resize(half, Image.Resampling.BOX)
     return picture
+
+
+def cover(
+    picture: Image.Image, size: tuple[int, int], room: float = 1.0, resample: str = "lanczos"
+) -> Image.Image:
+    """Resizes by one scale, so that a crop fits in and one of its sides fits tight.
+
+    Args:
+        picture: RGB.
+        size: (height, width) of the crop.
+        room: how much larger than tight, in both directions.
+        resample: `lanczos`, `bicubic` or `adm`, which halves by averages while twice too large.
+    """
+    height, width = size
+
+    def covering(edges: tuple[int, int]) -> tuple[int, int]:
+        scale = max(width * room / edges[0], height * room / edges[1])
+        return max(width, round(edges[0] * scale)), max(height, round(edges[1] * scale))
+
+    if resample == "adm":
+        picture = halve_while_twice(picture, covering(picture.size))
+    whole = covering(picture.size)
+    if whole == picture.size:
+        return picture
+    lanczos = resample == "lanczos"
+    return picture.resize(whole, Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC)
 
 
 def _enlarge_only(picture: Image.Image, side: int) -> Image.Image:
@@ -124,19 +151,35 @@ class TrainingCrop:
 
     config: DataConfig
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Returns uint8 of shape (C, resolution, resolution)."""
+    def __call__(
+        self,
+        picture: Image.Image | Bands,
+        rng: np.random.Generator,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Cuts a picture.
+
+        Args:
+            picture: of any number of bands.
+            rng: of the place and the mirroring.
+            size: (height, width) of the bucket; left out, a square of `resolution`.
+
+        Returns:
+            uint8 of shape (C, height, width).
+        """
         config = self.config
-        if config.resize is not None:
+        random = rng if config.crop == "random" else None
+        if size is None and config.resize is not None:
             picture = resize_shorter_side(picture, config.resize)
-        if config.crop == "random_resized":
+        if size is not None:
+            picture = _crop_at(cover(picture, size, config.room), (size[1], size[0]), random)
+        elif config.crop == "random_resized":
             picture = self._random_resized(picture, rng)
         else:
             if config.crop == "center" and config.resize is None:
                 picture = resize_shorter_side(picture, config.resolution)
             if min(picture.size) < config.resolution:  # too small to cut: enlarge, never pad
                 picture = resize_shorter_side(picture, config.resolution)
-            random = rng if config.crop == "random" else None
             picture = _crop_at(picture, (config.resolution, config.resolution), random)
         if config.flip and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

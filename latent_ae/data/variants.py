@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from latent_ae.config import Preprocessing
+from latent_ae.data.buckets import nearest_size
 from latent_ae.data.decoding import UnreadableImage
-from latent_ae.data.transforms import halve_while_twice, to_tensor
+from latent_ae.data.transforms import cover, to_tensor
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 __all__ = ["Variant", "Variants"]
@@ -49,7 +49,8 @@ class Variants:
             width, height = picture.size
             raise UnreadableImage(f"{width} × {height} is below {config.min_side} pixels")
         height, width = self.nearest(picture.width, picture.height)
-        picture = self._cover(picture, width, height)
+        room = (config.resize or config.resolution) / config.resolution
+        picture = cover(picture, (height, width), room, config.resample)
         found = []
         for left, top in self._places(picture, width, height, position):
             image = to_tensor(picture.crop((left, top, left + width, top + height)))
@@ -60,26 +61,7 @@ class Variants:
 
     def nearest(self, width: int, height: int) -> tuple[int, int]:
         """The (height, width) of the bucket whose aspect is nearest, by ratio."""
-        aspect = math.log(width / height)
-        return min(self._sizes, key=lambda size: abs(math.log(size[1] / size[0]) - aspect))
-
-    def _cover(self, picture: Image.Image, width: int, height: int) -> Image.Image:
-        """Resized, aspect kept, so that the crop fits in."""
-        config = self.config
-        room = (config.resize or config.resolution) / config.resolution
-
-        def covering(edges: tuple[int, int]) -> tuple[int, int]:
-            scale = max(width * room / edges[0], height * room / edges[1])
-            return max(width, round(edges[0] * scale)), max(height, round(edges[1] * scale))
-
-        if config.resample == "adm":
-            picture = halve_while_twice(picture, covering(picture.size))
-        wide, high = covering(picture.size)
-        if (wide, high) == picture.size:
-            return picture
-        lanczos = config.resample == "lanczos"
-        kernel = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
-        return picture.resize((wide, high), kernel)
+        return self._sizes[int(nearest_size(self._sizes, width, height))]
 
     def _places(
         self, picture: Image.Image, width: int, height: int, position: int

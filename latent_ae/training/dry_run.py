@@ -108,9 +108,9 @@ def _short(config: Config, folder: Path, steps: int) -> Config:
 
 
 def _measured(config: Config, folder: RunFolder) -> DryRun:
-    last = [row for row in folder.log_rows() if row["group"] == "train"][-1]
+    before, last = [row for row in folder.log_rows() if row["group"] == "train"][-2:]
     size = sum(file.stat().st_size for file in folder.latest().rglob("*") if file.is_file())
-    images = config.training.steps * folder.progress(folder.latest())["images"] / 4
+    images = config.training.steps * (last["images"] - before["images"])
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:  # kilobytes, except on macOS

@@ -42,8 +42,9 @@ class RunLog:
         self.run, self.console = run, console
         self.main = run.accelerator.is_main_process
         self.sums: dict[str, tuple[Tensor, int]] = {}  # with how many steps had the term
-        self.steps, self.first = 0, run.step
+        self.steps, self.images, self.first = 0, 0, run.step
         self.waited = 0.0
+        self._waited_in_all = self._elapsed_in_all = 0.0
         self.since = time.perf_counter()
         self.started = self.since
         self.alarms = Alarms(run.config.adversary)
@@ -76,6 +77,7 @@ class RunLog:
             total, count = self.sums.get(name, (torch.zeros_like(value), 0))
             self.sums[name] = (total + value, count + 1)
         self.steps += 1
+        self.images += update.images
         self.waited += update.waited
         for batch in update.batches:
             self.skipped(batch.skipped)
@@ -91,15 +93,21 @@ class RunLog:
         # Here the host waits for the device, and not between rows (but for the guard's looks).
         means = run.accelerator.reduce(means, reduction="mean").tolist()  # pyright: ignore
         row = dict(zip(self.sums, means, strict=True))
+        # Of the process that waits most: the others wait for it.
+        waited = torch.tensor([self.waited], device=run.accelerator.device)
+        waited = run.accelerator.gather(waited).max().item()  # pyright: ignore
         now = time.perf_counter()
         elapsed = now - self.since
+        self._waited_in_all += waited
+        self._elapsed_in_all += elapsed
         row |= {
             "learning_rate": learning_rate(training, run.step - 1) * run.rate_factor,
             "skipped_steps": run.guard.look()[1],
-            "images_per_second": self.steps * run.effective_batch / elapsed,
-            "data_wait_share": self.waited / elapsed,
+            "images": run.images,
+            "images_per_second": self.images * run.accelerator.num_processes / elapsed,
+            "data_wait_share": waited / elapsed,
         }
-        self.sums, self.steps, self.waited, self.since = {}, 0, 0.0, now
+        self.sums, self.steps, self.images, self.waited, self.since = {}, 0, 0, 0.0, now
         if not self.main:
             return
         self.record("train", row)
@@ -115,7 +123,7 @@ class RunLog:
 
     def go_back(self) -> None:
         """Forgets what came after the run's step, to which it has returned."""
-        self.sums, self.steps, self.waited = {}, 0, 0.0
+        self.sums, self.steps, self.images, self.waited = {}, 0, 0, 0.0
         self.first = min(self.first, self.run.step)
         if self.main:
             self.file.close()
@@ -152,6 +160,10 @@ class RunLog:
         self.write()
         yield
         self.since = time.perf_counter()
+
+    def data_wait_share(self) -> float:
+        """The share of its time that training has waited for data, up to the last row."""
+        return self._waited_in_all / self._elapsed_in_all if self._elapsed_in_all else 0.0
 
     def _remaining(self, now: float) -> str:
         left = self.run.config.training.steps - self.run.step

@@ -48,11 +48,15 @@ def train(config: Config, console: Console | None = None, *, announce: bool = Tr
                 recorder.say(f"going on from step {run.step} of {steps} in {run.folder.path}")
             recorder.make_up_validation()
             while run.step < steps and not stop.agreed():
-                log.add(update(run))
-                run.step, run.images = run.step + 1, run.images + run.effective_batch
+                done = update(run)
+                log.add(done)
+                run.step += 1
+                run.images += done.images * run.accelerator.num_processes
                 recorder.after_step()
             if first < run.step < steps:
                 recorder.stop(stop.name or "a signal")
+            if run.step > first:
+                recorder.say(f"waited for data {log.data_wait_share():.1%} of the time")
             if run.skipped:
                 recorder.say(f"{len(run.skipped)} unreadable pictures were skipped")
     return run.folder.path

@@ -70,7 +70,7 @@ class Run:
 
     @property
     def effective_batch(self) -> int:
-        """Pictures an update, over all processes and micro-steps."""
+        """Pictures an update, over all processes and micro-steps; with buckets, at `resolution`."""
         training, data = self.config.training, self.config.data
         return data.batch_size * training.accumulation * self.accelerator.num_processes
 
@@ -120,15 +120,17 @@ class Run:
         same = progress.get("learning_rate", rate) == rate
         self.rollbacks = progress["rollbacks"] if same else 0
         self.guard.begin(progress.get("skipped", 0))
-        self.stream = TrainingStream(
-            self.config.data,
-            seed=self.config.training.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            start=progress["images"],
-            state=progress["loader"],
-            channels=image_channels(self.network),
-        )
+        # The first one leaves in the cache what all have to know of the pictures.
+        with self.accelerator.local_main_process_first():
+            self.stream = TrainingStream(
+                self.config.data,
+                seed=self.config.training.seed,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                start=progress["images"],
+                state=progress["loader"],
+                channels=image_channels(self.network),
+            )
 
     def close(self) -> None:
         """Ends the loader's workers."""
@@ -287,7 +289,7 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
     elif config.network.init == "linear":
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
-        data = config.data.model_copy(update={"workers": 0, "batch_size": crops})
+        data = config.data.squares(crops).model_copy(update={"workers": 0})
         channels = image_channels(network)
         stream = TrainingStream(data, seed=config.training.seed, channels=channels)
         linear_code_(network, normalize(next(stream).images))
@@ -296,6 +298,8 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
 def _check(config: Config, network: AutoencoderKL) -> None:
     """Refuses before the first step what would fail later."""
     require_divisible(config.data.resolution, network, "data.resolution")
+    if config.data.buckets is not None:
+        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
     channels = image_channels(network)
     if reason := colourless(config.losses, channels):
         raise UserError(reason)
@@ -304,10 +308,11 @@ def _check(config: Config, network: AutoencoderKL) -> None:
             require_divisible(config.validation.resolution, network, "validation.resolution")
         require_one_readable(config.validation, channels)
     if config.adversary is not None:
-        shape_of_discriminator(config.adversary, config.data.resolution, channels)
+        shape_of_discriminator(config.adversary, config.data.smallest_side(), channels)
     equivariance = _equivariance(config, network)
     if equivariance is not None:
-        equivariance.require_room(config.data.resolution)
+        key = "data.resolution" if config.data.buckets is None else "the smallest side of a bucket,"
+        equivariance.require_room(config.data.smallest_side(), key)
 
 
 def _equivariance(config: Config, network: AutoencoderKL) -> Equivariance | None:
@@ -317,7 +322,7 @@ def _equivariance(config: Config, network: AutoencoderKL) -> Equivariance | None
     smallest = SMALLEST_MEASURED if config.losses.perceptual else 1
     if config.adversary is not None:
         judge = shape_of_discriminator(
-            config.adversary, config.data.resolution, image_channels(network)
+            config.adversary, config.data.smallest_side(), image_channels(network)
         )
         smallest = max(smallest, judge.smallest_side)
     seed, factor = config.training.seed, downsampling(network)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from latent_ae.data import BucketPlan
 from latent_ae.describe import describe
 
 if TYPE_CHECKING:
@@ -22,10 +23,23 @@ def show_startup(run: Run, console: Console) -> None:
     facts = describe(run.config, run.accelerator.num_processes, run.network)
     facts["device"] = f"{run.accelerator.device}, {run.config.training.precision}"
     count = run.stream.epoch
-    if count is not None:
-        steps = count / run.effective_batch
+    if count is not None and run.stream.batches is not None:
+        steps = run.stream.batches / run.config.training.accumulation
         facts["epoch"] = f"{count:,} images, {steps:,.1f} steps"
+    if run.stream.plan is not None:
+        facts["pictures"] = _shares(run.stream.plan)
     show_facts(facts, console)
+
+
+def _shares(plan: BucketPlan) -> str:
+    """How many pictures an epoch has of each shape that occurs, on average."""
+    counts = plan.counts.mean(axis=0)
+    order = sorted(range(len(counts)), key=lambda bucket: -counts[bucket])
+    return ", ".join(
+        f"{plan.buckets[b].width} × {plan.buckets[b].height}: {counts[b]:,.0f}"
+        for b in order
+        if counts[b]
+    )
 
 
 def show_facts(facts: dict[str, str], console: Console) -> None:

@@ -37,6 +37,11 @@ class Update:
         self.waited = 0.0
         self._counts: Counter[str] = Counter()
 
+    @property
+    def images(self) -> int:
+        """Pictures of this process."""
+        return sum(len(batch.images) for batch in self.batches)
+
     def add(self, terms: dict[str, Tensor]) -> None:
         """Takes the terms of one more micro-step."""
         for name, value in terms.items():
