@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +11,22 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latent_ae.bottlenecks import build_bottleneck, split_moments
-from latent_ae.config import AutoencoderConfig, NetworkConfig
-from latent_ae.errors import UserError
+from latent_ae.config import AutoencoderConfig
+from latent_ae.network_folders import (
+    WEIGHT_VARIANTS,
+    WEIGHTS_FILE,
+    folder_config,
+    only_variant,
+    stored_variants,
+    weight_files,
+    weights_sha256,
+)
+from latent_ae.networks import build_network, downsampling, load_network, require_divisible
 from latent_ae.outputs import Reconstruction
 
 __all__ = [
+    "WEIGHTS_FILE",
+    "WEIGHT_VARIANTS",
     "Autoencoder",
     "build_network",
     "decode_latents",
@@ -36,104 +44,6 @@ __all__ = [
     "weights_sha256",
 ]
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-WEIGHT_VARIANTS = ("fp16", "bf16")
-
-
-def build_network(config: NetworkConfig) -> AutoencoderKL:
-    """The `AutoencoderKL` of a config: loaded from `path`, or with new weights.
-
-    Raises:
-        UserError: nothing that diffusers can load lies at `path`.
-    """
-    if config.path is not None:
-        return load_network(config.path)
-    levels = len(config.block_out_channels)
-    blocks: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
-    return AutoencoderKL(
-        **config.model_dump(exclude={"path", "init"}),
-        use_post_quant_conv=config.use_quant_conv,
-        **blocks,
-        scaling_factor=1.0,  # until export measures it
-    )
-
-
-def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Loads an exported folder, or any `AutoencoderKL` folder of diffusers', from disk.
-
-    Raises:
-        UserError: there is no such folder, or it is no `AutoencoderKL`.
-    """
-    folder = Path(path)
-    name = folder_config(folder)["_class_name"]
-    if name != "AutoencoderKL":
-        raise UserError(f"{folder} holds a {name}, not an AutoencoderKL")
-    try:
-        network = AutoencoderKL.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            variant=only_variant(folder),
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            use_safetensors=True,  # never a pickle
-        )
-    except Exception as error:  # diffusers', safetensors' and torch's
-        raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
-    return network  # pyright: ignore[reportReturnType]
-
-
-def folder_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a diffusers folder, which has a `_class_name`.
-
-    Raises:
-        UserError: there is none.
-    """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        pipeline = (Path(folder) / "model_index.json").is_file()
-        hint = f"; try {Path(folder) / 'vae'}" if pipeline else ""
-        raise UserError(f"{folder} is no exported autoencoder: it has no config.json{hint}")
-    try:
-        config = json.loads(file.read_text())
-        config["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is no config of diffusers") from error
-    return config
-
-
-def stored_variants(folder: str | Path) -> list[str]:
-    """The weights of 16 bits that a folder holds, some of `WEIGHT_VARIANTS`."""
-    return [name for name in WEIGHT_VARIANTS if any(map(Path.is_file, _places(folder, name)))]
-
-
-def only_variant(folder: str | Path) -> str | None:
-    """The variant, such as `fp16`, to load from a folder that holds no other weights, else None."""
-    if any(map(Path.is_file, _places(folder, None))):
-        return None
-    return next(iter(stored_variants(folder)), None)
-
-
-def _places(folder: str | Path, variant: str | None) -> tuple[Path, Path]:
-    """Where diffusers keeps weights: in a file, or in several under an index."""
-    infix = f".{variant}" if variant else ""
-    plain, index = Path(folder) / WEIGHTS_FILE, Path(folder) / f"{WEIGHTS_FILE}.index.json"
-    return plain.with_suffix(f"{infix}.safetensors"), index.with_suffix(f"{infix}.json")
-
-
-def downsampling(network: AutoencoderKL) -> int:
-    """The factor f between the side of an image and the side of its latents."""
-    return 2 ** (len(network.config["block_out_channels"]) - 1)
-
-
-def require_divisible(resolution: int, network: AutoencoderKL, key: str = "resolution") -> None:
-    """Raises `UserError` unless the network's factor divides a side of `resolution` pixels."""
-    factor = downsampling(network)
-    if resolution % factor:
-        raise UserError(f"{key} {resolution} is no multiple of the network's factor {factor}")
-
 
 def default_device() -> torch.device:
     """The first CUDA device, or the CPU."""
@@ -149,38 +59,6 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of an autoencoder folder's weights, in order.
-
-    Raises:
-        UserError: the folder has none, or a damaged index.
-    """
-    plain, index = _places(folder, only_variant(folder))
-    if plain.is_file():
-        return [plain]
-    if not index.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}")
-    try:  # diffusers has split a large network
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [Path(folder) / name for name in sorted(names)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of diffusers") from error
-
-
-def weights_sha256(path: str | Path) -> str:
-    """The sha256 (hex) of an autoencoder folder's weights: which autoencoder made these latents.
-
-    Raises:
-        UserError: the folder has no safetensors weights.
-    """
-    digest = hashlib.sha256()
-    for file in weight_files(path):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def encode_moments(network: AutoencoderKL, images: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ FLOORS = {
     "bottlenecks": 2,
     "losses": 2,
     "pictures": 2,
+    "network_folders": 1,
+    "networks": 2,
     "autoencoder": 3,
     "initialization": 3,
     "scaling": 3,
