@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latent_ae.bottlenecks import build_bottleneck, split_moments
-from latent_ae.config import AutoencoderConfig
+from latent_ae.config import AutoencoderConfig, misfit
+from latent_ae.errors import UserError
 from latent_ae.network_folders import (
     WEIGHT_VARIANTS,
     WEIGHTS_FILE,
@@ -21,7 +21,14 @@ from latent_ae.network_folders import (
     weight_files,
     weights_sha256,
 )
-from latent_ae.networks import build_network, downsampling, load_network, require_divisible
+from latent_ae.networks import (
+    Network,
+    build_network,
+    downsampling,
+    load_network,
+    require_divisible,
+    spec_of,
+)
 from latent_ae.outputs import Reconstruction
 
 __all__ = [
@@ -32,12 +39,14 @@ __all__ = [
     "decode_latents",
     "default_device",
     "downsampling",
+    "encode_mode",
     "encode_moments",
     "folder_config",
     "full_precision",
     "load_network",
     "only_variant",
     "reconstruct",
+    "require_bottleneck",
     "require_divisible",
     "stored_variants",
     "weight_files",
@@ -61,18 +70,35 @@ def full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def encode_moments(network: AutoencoderKL, images: Tensor) -> Tensor:
-    """Mean and log-variance of the posterior, of shape (B, 2c, H/f, W/f).
+def encode_moments(network: Network, images: Tensor) -> Tensor:
+    """What the network's bottleneck takes: a posterior's moments, or latents without one.
+
+    Args:
+        network: diffusers' autoencoder.
+        images: of shape (B, 3, H, W), in [-1, 1].
+
+    Returns:
+        Mean and log-variance of the posterior, of shape (B, 2c, H/f, W/f); or latents of shape
+        (B, c, H/f, W/f) where the network has no posterior.
+    """
+    output: Any = network.encode(images)  # pyright: ignore[reportArgumentType]
+    return spec_of(network).encoded(output)
+
+
+def encode_mode(network: Network, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mean and log-variance of the posterior, fp32, each of shape (B, c, H/f, W/f).
+
+    Latents without a posterior come with None.
 
     Args:
         network: diffusers' autoencoder.
         images: of shape (B, 3, H, W), in [-1, 1].
     """
-    posterior: Any = network.encode(images).latent_dist  # pyright: ignore
-    return posterior.parameters
+    encoded = encode_moments(network, images)
+    return split_moments(encoded) if spec_of(network).posterior else (encoded.float(), None)
 
 
-def decode_latents(network: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_latents(network: Network, latents: Tensor) -> Tensor:
     """Images of shape (B, 3, H, W), nominally in [-1, 1], not clamped.
 
     Args:
@@ -83,15 +109,14 @@ def decode_latents(network: AutoencoderKL, latents: Tensor) -> Tensor:
     return decoded.sample
 
 
-def reconstruct(network: AutoencoderKL, images: Tensor) -> Tensor:
+def reconstruct(network: Network, images: Tensor) -> Tensor:
     """The reconstruction from the posterior's mode: what is measured and shown.
 
     Args:
         network: diffusers' autoencoder.
         images: of shape (B, 3, H, W), in [-1, 1]; so is the result, nominally.
     """
-    mean, _ = split_moments(encode_moments(network, images))
-    return decode_latents(network, mean)
+    return decode_latents(network, encode_mode(network, images)[0])
 
 
 class Autoencoder(nn.Module):
@@ -101,23 +126,55 @@ class Autoencoder(nn.Module):
     unwrapped module would skip the synchronisation of gradients.
     """
 
-    def __init__(self, network: AutoencoderKL, bottleneck: nn.Module) -> None:
+    def __init__(self, network: Network, bottleneck: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.bottleneck = bottleneck
 
     @classmethod
     def from_config(cls, config: AutoencoderConfig) -> Autoencoder:
-        """Builds both parts; raises `UserError` where `network.path` cannot be loaded."""
-        return cls(build_network(config.network), build_bottleneck(config.bottleneck))
+        """Builds both parts.
+
+        Raises:
+            UserError: `network.path` cannot be loaded, or the bottleneck does not fit what it
+                holds.
+        """
+        network = build_network(config.network)
+        require_bottleneck(config.bottleneck.kind, network, config.network.path)
+        return cls(network, build_bottleneck(config.bottleneck))
 
     def blocks(self) -> list[nn.Module]:
         """The network's blocks, each a unit to shard or to compile, without its outer layers."""
-        encoder, decoder = self.network.encoder, self.network.decoder
-        parts = [*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks]
-        return [part for part in parts if part is not None]  # pyright: ignore
+        return spec_of(self.network).blocks(self.network)
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Maps images of shape (B, 3, H, W) in [-1, 1] to their `Reconstruction`, in fp32."""
+    def forward(self, images: Tensor, taught: Tensor | None = None) -> Reconstruction:
+        """Encodes and decodes pictures.
+
+        Args:
+            images: of shape (B, 3, H, W), in [-1, 1].
+            taught: a teacher's latents of them, of shape (B, c, h, w), of which the decoder learns
+                instead; the own latents' squared distance from them, summed over a picture, is then
+                the code's loss term `latents`.
+
+        Returns:
+            The reconstruction, in fp32.
+        """
         code = self.bottleneck(encode_moments(self.network, images))
-        return Reconstruction(decode_latents(self.network, code.latents).float(), code)
+        latents = code.latents if taught is None else taught
+        if taught is not None:
+            code.loss_terms["latents"] = (code.latents - taught).square().flatten(1).sum(1)
+        return Reconstruction(decode_latents(self.network, latents).float(), code)
+
+
+def require_bottleneck(kind: str, network: Network, path: str | None = None) -> None:
+    """Raises `UserError` unless a bottleneck of this kind suits what the network's encoder gives.
+
+    Args:
+        kind: the bottleneck's.
+        network: diffusers' autoencoder.
+        path: where it was loaded from, for the sentence.
+    """
+    spec = spec_of(network)
+    name = f"the {spec.name} in {path}" if path else f"diffusers' {spec.name}"
+    if reason := misfit(kind, name, spec.posterior):
+        raise UserError(reason)

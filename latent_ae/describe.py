@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 
 import torch
-from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
-from latent_ae.autoencoder import build_network, downsampling, require_divisible
+from latent_ae.autoencoder import require_bottleneck
 from latent_ae.config import AdversaryConfig, Config
 from latent_ae.memory import training_memory
+from latent_ae.networks import (
+    Network,
+    build_network,
+    downsampling,
+    require_checkpointing,
+    require_divisible,
+)
 
 __all__ = ["describe"]
 
 
 def describe(
-    config: Config, processes: int | None = None, network: AutoencoderKL | None = None
+    config: Config, processes: int | None = None, network: Network | None = None
 ) -> dict[str, str]:
     """Facts about a run, by title; the network is built without memory for its weights.
 
@@ -33,6 +39,9 @@ def describe(
         with torch.device("cpu" if config.network.path else "meta"):
             network = build_network(config.network)
     require_divisible(config.data.resolution, network, "data.resolution")
+    require_bottleneck(config.bottleneck.kind, network, config.network.path)
+    if config.training.gradient_checkpointing:
+        require_checkpointing(network)
     factor, side = downsampling(network), config.data.resolution
     channels = network.config["latent_channels"]
     shape = (channels, side // factor, side // factor)
@@ -49,7 +58,7 @@ def describe(
         "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
         "compression": f"{3 * side * side / values:g} image values a latent value",
         "loss": _loss(config) + ", per image element",
-        "kl weight λ": _weight(config, values / (3 * side * side)),
+        **_bottleneck(config, values / (3 * side * side)),
         "adversary": _adversary(config.adversary, config) if config.adversary else "none",
         "effective batch": f"{batch} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
@@ -92,7 +101,20 @@ def _loss(config: Config) -> str:
         text += f" + {losses.perceptual.weight:g} · LPIPS ({losses.perceptual.net})"
     if losses.variance == "learned":
         text = f"({text}) / exp(s) + s"
-    return text + " + λ · KL / (C·H·W)" if config.bottleneck.weight else text
+    if config.distillation:
+        return text + " + (z − the teacher's z)² / (C·H·W)"
+    with_kl = config.bottleneck.kind == "kl" and config.bottleneck.weight
+    return text + " + λ · KL / (C·H·W)" if with_kl else text
+
+
+def _bottleneck(config: Config, values_per_element: float) -> dict[str, str]:
+    """What the latents go through or come from, under its title."""
+    if teacher := config.distillation:
+        learns = "its reconstruction" if teacher.target == "teacher" else "the picture"
+        return {"teacher": f"{teacher.teacher}; the decoder makes {learns} of its final latents"}
+    if config.bottleneck.kind == "none":
+        return {"bottleneck": "none: the latents go straight through"}
+    return {"kl weight λ": _weight(config, values_per_element)}
 
 
 def _weight(config: Config, values_per_element: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latent_ae.config import BottleneckConfig, LossesConfig
+from latent_ae.config import AnyBottleneck, LossesConfig
 from latent_ae.losses import PIXEL_LOSSES, PerceptualLoss
 from latent_ae.outputs import Reconstruction
 
@@ -41,7 +41,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, losses: LossesConfig, bottleneck: BottleneckConfig, *, untrained: bool = False
+        self, losses: LossesConfig, bottleneck: AnyBottleneck, *, untrained: bool = False
     ) -> None:
         super().__init__()
         self.pixel = PIXEL_LOSSES[losses.pixel]

@@ -40,8 +40,8 @@ DEFECTS = [
     one(
         2,
         STEP,
-        "run.autoencoder(images)",
-        'getattr(run.autoencoder, "module", run.autoencoder)(images)',
+        "run.autoencoder(images)\n",
+        'getattr(run.autoencoder, "module", run.autoencoder)(images)\n',
         HERE + "02_training_enters_by_the_wrapped_forward",
     ),
     one(

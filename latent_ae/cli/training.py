@@ -103,9 +103,10 @@ def export(
         max_shard_size=max_shard_size,
         license_name=license,
     )
-    for caveat in caveats(json.loads((out / "config.json").read_text())):
+    settings = json.loads((out / "config.json").read_text())
+    for caveat in caveats(settings):
         say(f"note: {caveat}")
-    say(f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})")
+    say(f"{out} is ready: {settings['_class_name']}.from_pretrained({str(out)!r})")
 
 
 @app.command()

@@ -2,9 +2,19 @@
 
 from latent_ae.config.adversary import AdversaryConfig, DiscriminatorConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, SourceConfig, ValidationConfig
+from latent_ae.config.distillation import DistillationConfig
 from latent_ae.config.encoding import EncodingSource, Preprocessing, Storage
+from latent_ae.config.families import DCNetworkConfig, TinyNetworkConfig
 from latent_ae.config.losses import LossesConfig, PerceptualConfig
-from latent_ae.config.model import AutoencoderConfig, BottleneckConfig, NetworkConfig
+from latent_ae.config.model import (
+    AnyBottleneck,
+    AnyNetwork,
+    AutoencoderConfig,
+    BottleneckConfig,
+    NetworkConfig,
+    NoBottleneckConfig,
+    misfit,
+)
 from latent_ae.config.protocol import PROTOCOLS, Protocol
 from latent_ae.config.run import Config
 from latent_ae.config.section import Section
@@ -14,20 +24,27 @@ __all__ = [
     "PROTOCOLS",
     "SMALLEST_MEASURED",
     "AdversaryConfig",
+    "AnyBottleneck",
+    "AnyNetwork",
     "AutoencoderConfig",
     "BottleneckConfig",
     "Config",
+    "DCNetworkConfig",
     "DataConfig",
     "DiscriminatorConfig",
+    "DistillationConfig",
     "EncodingSource",
     "LossesConfig",
     "NetworkConfig",
+    "NoBottleneckConfig",
     "PerceptualConfig",
     "Preprocessing",
     "Protocol",
     "Section",
     "SourceConfig",
     "Storage",
+    "TinyNetworkConfig",
     "TrainingConfig",
     "ValidationConfig",
+    "misfit",
 ]

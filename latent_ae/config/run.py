@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
+from latent_ae.config.distillation import DistillationConfig
 from latent_ae.config.losses import LossesConfig
 from latent_ae.config.model import AutoencoderConfig
 from latent_ae.config.training import TrainingConfig
@@ -20,6 +21,8 @@ class Config(AutoencoderConfig):
     losses: LossesConfig = LossesConfig()
     adversary: AdversaryConfig | None = None
     """Left out: none."""
+    distillation: DistillationConfig | None = None
+    """Left out: the network makes latents of its own."""
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig | None = None
     output: str
@@ -36,6 +39,11 @@ class Config(AutoencoderConfig):
                     f"{key} {size} is no multiple of the network's factor "
                     f"{self.network.downsampling}"
                 )
+        if self.distillation and self.bottleneck.kind != "none":
+            raise ValueError(
+                "distillation is for networks without a posterior, whose bottleneck.kind is none, "
+                "such as network.kind tiny"
+            )
         measured = self.losses.perceptual or (self.validation and not self.validation.resolution)
         if measured and self.data.resolution < SMALLEST_MEASURED:
             raise ValueError(

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL
+
 from latent_ae.autoencoder import default_device, weights_sha256
 from latent_ae.config import Config
 from latent_ae.config_file import plain
@@ -18,16 +20,19 @@ from latent_ae.export.card import model_card, protocol_of
 from latent_ae.export.folding import fold_statistics
 from latent_ae.export.statistics import (
     STATISTICS,
+    known_numbers,
     measure_latents,
     measuring_data,
+    require_statistics,
     scaling_of,
     silence_posterior,
 )
 from latent_ae.export.weights import parse_options, save_weights
 from latent_ae.folders import require_free, whole_folder
+from latent_ae.networks import spec_of
 from latent_ae.precision import measure_precision
 from latent_ae.run_folder import RunFolder
-from latent_ae.scaling import LatentStatistics
+from latent_ae.scaling import LatentScaling, LatentStatistics
 
 __all__ = ["export_run"]
 
@@ -49,7 +54,8 @@ def export_run(
     """Writes a run's weights, averaged where there is an EMA, as a diffusers folder.
 
     The scale is measured on training crops, and on a few of them whether fp16 is safe
-    (`force_upcast`, with the evidence in `latent_ae.json`). The folder is written aside, loaded
+    (`force_upcast`, with the evidence in `latent_ae.json`). A distilled network's latents have
+    their teacher's final scale, so its `scaling_factor` is 1. The folder is written aside, loaded
     again by stock diffusers and compared, then renamed into place. A run with an adversary leaves
     its `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
     does not look at it.
@@ -71,7 +77,8 @@ def export_run(
         `out`.
 
     Raises:
-        UserError: `run` has no such checkpoint, `out` exists, or the data cannot be read.
+        UserError: `run` has no such checkpoint, `out` exists, the data cannot be read, or the
+            network's class has no place for such statistics.
     """
     if statistics not in STATISTICS:
         raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
@@ -80,26 +87,32 @@ def export_run(
     require_free(out)
     network, progress = folder.trained_network(checkpoint)
     config = folder.config()
+    spec = spec_of(network)
+    require_statistics(statistics, spec, config.distillation is not None)
     network = network.to(default_device()).eval()  # pyright: ignore
-    if config.bottleneck.weight == 0:
+    if isinstance(network, AutoencoderKL) and config.bottleneck.weight == 0:
         silence_posterior(network)
     crops = measuring_data(config, data)
     measured, sample = measure_latents(network, crops, images)
     folded = None
-    if statistics == "folded":
+    if statistics == "folded" and isinstance(network, AutoencoderKL):
         folded = {"mean": measured.channel_mean, "std": measured.channel_std}
         fold_statistics(network, **folded)
         measured, sample = measure_latents(network, crops, images)
-    network.register_to_config(**scaling_of(measured, statistics).to_config())
+    scaling = LatentScaling() if config.distillation else scaling_of(measured, statistics)
+    network.register_to_config(**known_numbers(network, scaling))
     evidence = measure_precision(network, sample[:PRECISION_IMAGES])
-    network.register_to_config(force_upcast=evidence.force_upcast)
-    if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
+    if spec.upcasts:
+        network.register_to_config(force_upcast=evidence.force_upcast)
+    if config.network.path is None and "sample_size" in network.config:
+        # The side of diffusers' tiles; ours has no other meaning.
         network.register_to_config(sample_size=max(256, config.data.resolution))
     with whole_folder(out) as aside:
         save_weights(network, aside, sample, variants, max_shard_size)
         record = _record(config, folder, progress, measured, aside)
         record |= {
             "statistics": statistics,
+            "teacher": _teacher(config),
             "folded": folded,
             "precision": evidence.to_json(),
             "license": license_name,
@@ -112,6 +125,14 @@ def export_run(
         card = model_card(settings, record, license_name, variants=variants)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _teacher(config: Config) -> dict[str, Any] | None:
+    """Whose latents these are, by the hash of its weights where they still lie there."""
+    if config.distillation is None:
+        return None
+    path = Path(config.distillation.teacher)
+    return {"path": str(path), "weights_sha256": weights_sha256(path) if path.is_dir() else None}
 
 
 def _record(

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latent_ae.autoencoder import encode_moments
-from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
+from latent_ae.autoencoder import encode_mode
+from latent_ae.bottlenecks import LOGVAR_RANGE
 from latent_ae.config import Config, DataConfig
 from latent_ae.data import TrainingStream, normalize, source_of
+from latent_ae.errors import UserError
+from latent_ae.networks import Network, NetworkSpec
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
 __all__ = ["STATISTICS", "measure_latents", "measuring_data", "scaling_of", "silence_posterior"]
 
-STATISTICS = ("scale", "shift", "channels", "folded")
+STATISTICS: tuple[str, ...] = ("scale", "shift", "channels", "folded")
 
 
 @torch.no_grad()
 def measure_latents(
-    network: AutoencoderKL, data: DataConfig, images: int
+    network: Network, data: DataConfig, images: int
 ) -> tuple[LatentStatistics, Tensor]:
     """Encodes training crops and gathers the moments of their latents.
 
@@ -33,7 +36,7 @@ def measure_latents(
     measured, sample = LatentStatistics(), torch.empty(0)
     while measured.images < images:
         sample = normalize(next(stream).images.to(network.device))
-        measured.update(*split_moments(encode_moments(network, sample)))
+        measured.update(*encode_mode(network, sample))
     return measured, sample
 
 
@@ -57,6 +60,31 @@ def measuring_data(config: Config, data: str | Path | None) -> DataConfig:
         return config.data
     source = source_of(data).model_dump()
     return config.data.model_copy(update=source)
+
+
+def require_statistics(statistics: str, spec: NetworkSpec, distilled: bool) -> None:
+    """Raises `UserError` unless a network can be exported with such statistics.
+
+    Args:
+        statistics: one of `STATISTICS`.
+        spec: of the network's class.
+        distilled: whether its latents are a teacher's final ones.
+    """
+    if distilled and statistics != "scale":
+        raise UserError(
+            f"statistics {statistics!r}: a distilled network's latents are its teacher's, scaled "
+            "already; leave --statistics out"
+        )
+    if statistics not in spec.statistics:
+        raise UserError(
+            f"statistics {statistics!r} have no place in an {spec.name}; valid there: "
+            f"{', '.join(spec.statistics)}"
+        )
+
+
+def known_numbers(network: Network, scaling: LatentScaling) -> dict[str, Any]:
+    """The keys of a scaling that the config of the network's class has."""
+    return {key: value for key, value in scaling.to_config().items() if key in network.config}
 
 
 def scaling_of(measured: LatentStatistics, statistics: str) -> LatentScaling:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latent_ae.autoencoder import WEIGHT_VARIANTS, reconstruct
 from latent_ae.errors import UserError
 from latent_ae.frozen import PRECISIONS
+from latent_ae.networks import Network
 
 __all__ = ["VARIANTS", "parse_options", "save_weights"]
 
@@ -37,7 +37,7 @@ def parse_options(variants: Sequence[str], max_shard_size: str) -> None:
 
 
 def save_weights(
-    network: AutoencoderKL,
+    network: Network,
     folder: Path,
     images: Tensor,
     variants: Sequence[str] = (),
@@ -69,22 +69,22 @@ def save_weights(
     _forget_origin(folder / "config.json")
 
 
-def _load(folder: Path, like: AutoencoderKL, variant: str | None = None) -> AutoencoderKL:
-    loaded: Any = AutoencoderKL.from_pretrained(
+def _load(folder: Path, like: Network, variant: str | None = None) -> Network:
+    loaded: Any = type(like).from_pretrained(
         folder, variant=variant, torch_dtype=like.dtype, local_files_only=True
     )
     return loaded.to(like.device).eval()
 
 
 @torch.no_grad()
-def _require_same(network: AutoencoderKL, loaded: AutoencoderKL, images: Tensor) -> None:
+def _require_same(network: Network, loaded: Network, images: Tensor) -> None:
     """A difference is a bug, not input."""
     difference = (reconstruct(network, images) - reconstruct(loaded, images)).abs().max().item()
     if difference > 1e-4:  # fp32 rounding under another memory layout stays below
         raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")
 
 
-def _require_same_weights(network: AutoencoderKL, loaded: AutoencoderKL) -> None:
+def _require_same_weights(network: Network, loaded: Network) -> None:
     wanted, found = network.state_dict(), loaded.state_dict()
     if not all(torch.equal(wanted[name], found[name]) for name in wanted):
         raise RuntimeError(f"the weights in {network.dtype} read back differently")

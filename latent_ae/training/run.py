@@ -19,6 +19,7 @@ from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
+from latent_ae.networks import Network, require_checkpointing, spec_of
 from latent_ae.objective import Objective
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
@@ -26,6 +27,7 @@ from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
 from latent_ae.training.processes import claim_folder, start_accelerator
 from latent_ae.training.sharding import shard_
+from latent_ae.training.teacher import Teacher
 
 __all__ = ["Run", "prepare"]
 
@@ -43,7 +45,7 @@ class Run:
     folder: RunFolder
     accelerator: Accelerator
     autoencoder: nn.Module
-    network: AutoencoderKL
+    network: Network
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     adversary: nn.Module | None
@@ -53,6 +55,7 @@ class Run:
     last_input: LastInput
     guard: Guard
     sharded: bool
+    teacher: Teacher | None
     stream: TrainingStream = None  # pyright: ignore  # opened where the restored run stands
     step: int = 0
     images: int = 0
@@ -129,10 +132,11 @@ class Run:
 class LastInput:
     """What the decoder's last convolution received, kept while `wanted`."""
 
-    def __init__(self, network: AutoencoderKL) -> None:
+    def __init__(self, network: Network) -> None:
         self.wanted = False
         self.features: Tensor | None = None
-        last: Any = network.decoder.conv_out
+        self._network, self._spec = network, spec_of(network)
+        last: Any = self._spec.last_layer(network)
         self.kernel: tuple[int, int] = last.kernel_size
         last.register_forward_pre_hook(self._keep)
 
@@ -152,6 +156,10 @@ class LastInput:
         assert features is not None, "the decoder has not run"
         return features
 
+    def gradient(self, at_picture: Tensor) -> Tensor:
+        """The gradient at that convolution's output, from the one at the decoder's."""
+        return self._spec.at_last_layer(self._network, at_picture)
+
 
 def prepare(config: Config) -> Run:
     """Builds a run, or restores it from the newest checkpoint in its folder.
@@ -162,10 +170,11 @@ def prepare(config: Config) -> Run:
     folder = RunFolder(config.output)
     accelerator = start_accelerator(config)
     claim_folder(folder, config, accelerator)
+    teacher = Teacher(config.distillation, accelerator.device) if config.distillation else None
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
-    _check(config, model.network)
-    if not folder.all_checkpoints():
+    _check(config, model.network, teacher)
+    if isinstance(model.network, AutoencoderKL) and not folder.all_checkpoints():
         _initialize(config, model.network)
     objective = Objective(config.losses, config.bottleneck)
     adversary = rule = Adversary(config.adversary) if config.adversary else None
@@ -203,6 +212,7 @@ def prepare(config: Config) -> Run:
         last_input,
         Guard(accelerator.device),
         _sharded(config.training, accelerator),
+        teacher,
     )
     # Each process draws its own posterior noise; the seed of a fresh run, the state of a resumed.
     torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
@@ -268,8 +278,12 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
         linear_code_(network, normalize(images))
 
 
-def _check(config: Config, network: AutoencoderKL) -> None:
+def _check(config: Config, network: Network, teacher: Teacher | None) -> None:
     """Refuses before the first step what would fail later."""
+    if teacher is not None:
+        teacher.require_same_shape(network)
+    if config.training.gradient_checkpointing:
+        require_checkpointing(network)
     require_divisible(config.data.resolution, network, "data.resolution")
     if config.validation is not None:
         if config.validation.resolution:
