@@ -41,6 +41,7 @@ FLOORS = {
     "conversion": 6,
     "latents": 6,
     "hub": 7,
+    "distillation": 7,
     "cli": 8,
     "__init__": 9,
     "__main__": 9,
