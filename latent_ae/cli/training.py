@@ -85,8 +85,9 @@ def distill(
 ) -> None:
     """Teach a tiny autoencoder a large one's latents, for previews; exported as AutoencoderTiny.
 
-    OUT takes the teacher's place: `pipeline.vae = AutoencoderTiny.from_pretrained(OUT)`. It is trained in OUT-run; the same command goes on where a run was stopped. Overrides are those
-    of `train`, such as `training.steps=5000 data.resolution=128 distillation.target=picture
+    OUT takes the teacher's place: `pipeline.vae = AutoencoderTiny.from_pretrained(OUT)`. It is
+    trained in OUT-run; the same command goes on where a run was stopped. Overrides are those of
+    `train`, such as `training.steps=5000 data.resolution=128 distillation.target=picture
     validation.path=HELD_OUT`; `latent-ae config OUT-run/config.yaml` shows all keys.
     """
     from latent_ae.distillation import RECIPE
