@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "require_divisible",
     "spec_named",
     "spec_of",
+    "tidy_config",
     "untrained_network",
 ]
 
@@ -44,6 +46,8 @@ class NetworkSpec:
             the side.
         encoded: what the bottleneck takes, from what `encode` returns.
         posterior: whether that are mean and log-variance, or latents alone.
+        added: keys that its constructor writes into its config and does not take; diffusers warns
+            of them wherever a config.json has them.
         statistics: those of `latent-ae export` that its config can hold.
         upcasts: whether its config can say `force_upcast`.
         checkpoints: whether it can compute activations again in the backward pass.
@@ -59,6 +63,7 @@ class NetworkSpec:
     levels: str
     encoded: Callable[[Any], Tensor]
     posterior: bool
+    added: tuple[str, ...]
     statistics: tuple[str, ...]
     upcasts: bool
     checkpoints: bool
@@ -102,6 +107,7 @@ NETWORKS = {
         levels="block_out_channels",
         encoded=lambda output: output.latent_dist.parameters,
         posterior=True,
+        added=(),
         statistics=("scale", "shift", "channels", "folded"),
         upcasts=True,
         checkpoints=True,
@@ -118,6 +124,7 @@ NETWORKS = {
         levels="encoder_block_out_channels",
         encoded=lambda output: output.latent,
         posterior=False,
+        added=(),
         statistics=("scale",),
         upcasts=False,
         checkpoints=False,
@@ -132,6 +139,7 @@ NETWORKS = {
         levels="encoder_block_out_channels",
         encoded=lambda output: output.latents,
         posterior=False,
+        added=("block_out_channels",),
         statistics=("scale",),
         upcasts=False,  # it has the key, but its constructor sets it to false
         # diffusers' own leaves out the encoder's change from [-1, 1] to [0, 1].
@@ -221,11 +229,18 @@ def untrained_network(path: str | Path) -> Network:
 
 
 def _from_config(spec: NetworkSpec, config: Mapping[str, Any]) -> Network:
-    config = dict(config)
-    if spec.network is AutoencoderTiny:
-        config.pop("block_out_channels", None)  # its constructor adds what it does not take
-    network: Any = spec.network.from_config(config)
+    taken = {key: value for key, value in config.items() if key not in spec.added}
+    network: Any = spec.network.from_config(taken)
     return network
+
+
+def tidy_config(network: Network, folder: Path) -> None:
+    """Takes out of a saved config.json what its class does not take, and where it came from."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    for key in (*spec_of(network).added, "_name_or_path"):  # the path means nothing elsewhere
+        content.pop(key, None)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def downsampling(network: Network) -> int:

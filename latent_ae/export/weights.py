@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from latent_ae.autoencoder import WEIGHT_VARIANTS, reconstruct
 from latent_ae.errors import UserError
 from latent_ae.frozen import PRECISIONS
-from latent_ae.networks import Network
+from latent_ae.networks import Network, tidy_config
 
 __all__ = ["VARIANTS", "parse_options", "save_weights"]
 
@@ -66,7 +65,7 @@ def save_weights(
             raise UserError(f"a weight is too large for {variant}: leave that variant out")
         rounded.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         _require_same_weights(rounded, _load(folder, rounded, variant))
-    _forget_origin(folder / "config.json")
+    tidy_config(network, folder)
 
 
 def _load(folder: Path, like: Network, variant: str | None = None) -> Network:
@@ -88,10 +87,3 @@ def _require_same_weights(network: Network, loaded: Network) -> None:
     wanted, found = network.state_dict(), loaded.state_dict()
     if not all(torch.equal(wanted[name], found[name]) for name in wanted):
         raise RuntimeError(f"the weights in {network.dtype} read back differently")
-
-
-def _forget_origin(file: Path) -> None:
-    """Takes out the path of the checkpoint, which means nothing on another machine."""
-    content = json.loads(file.read_text())
-    content.pop("_name_or_path", None)
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
