@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/fine_tuning"))
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--sheet", type=Path, help="where to draw it")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     tuned = fine_tune(args.base, args.photos, args.out, args.overrides)
     folders = {"before": args.base, "after": tuned}
     print("| | PSNR (dB) | SSIM | LPIPS | scaling_factor |\n|-|-|-|-|-|")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from latent_ae.config import Config
     from latent_ae.config_file import load_config
     from latent_ae.conversion import convert
+    from latent_ae.distillation import distill
     from latent_ae.errors import UserError
     from latent_ae.evaluation import Evaluation, compare, evaluate
     from latent_ae.export import export_run
@@ -33,6 +34,7 @@ __all__ = [
     "compare",
     "convert",
     "decode",
+    "distill",
     "encode",
     "evaluate",
     "export_onnx",
@@ -55,6 +57,7 @@ _HOME = {
     "compare": "evaluation",
     "convert": "conversion",
     "decode": "latents",
+    "distill": "distillation",
     "encode": "latents",
     "evaluate": "evaluation",
     "export_onnx": "onnx_export",

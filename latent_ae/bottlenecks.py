@@ -7,10 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from latent_ae.config import BottleneckConfig
+from latent_ae.config import AnyBottleneck
 from latent_ae.outputs import Code
 
-__all__ = ["BOTTLENECKS", "KLBottleneck", "build_bottleneck", "gaussian_kl", "split_moments"]
+__all__ = [
+    "BOTTLENECKS",
+    "KLBottleneck",
+    "NoBottleneck",
+    "build_bottleneck",
+    "gaussian_kl",
+    "split_moments",
+]
 
 # exp() of a half of these is a standard deviation between 3e-7 and 2.2e4: wide enough for any
 # posterior, narrow enough that exp(logvar) stays finite. diffusers clamps to the same range.
@@ -65,11 +72,21 @@ class KLBottleneck(nn.Module):
         return Code(latents, {"kl": kl}, statistics)
 
 
-BOTTLENECKS: dict[str, Callable[[BottleneckConfig], nn.Module]] = {
+class NoBottleneck(nn.Module):
+    """Latents as the encoder gives them, for networks without a posterior."""
+
+    def forward(self, latents: Tensor) -> Code:
+        """Maps latents of shape (B, c, h, w) to a `Code` of the same, in fp32."""
+        latents = latents.float()
+        return Code(latents, statistics={"latent_std": latents.detach().std()})
+
+
+BOTTLENECKS: dict[str, Callable[[AnyBottleneck], nn.Module]] = {
     "kl": lambda config: KLBottleneck(deterministic=config.weight == 0),
+    "none": lambda config: NoBottleneck(),
 }
 
 
-def build_bottleneck(config: BottleneckConfig) -> nn.Module:
+def build_bottleneck(config: AnyBottleneck) -> nn.Module:
     """The bottleneck of a config (its `kind` has been validated against `BOTTLENECKS`)."""
     return BOTTLENECKS[config.kind](config)

@@ -141,10 +141,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def _sentence(item: Any, kind: type[Section]) -> str:
     """One of pydantic's errors in the words of the YAML file."""
-    location = [str(part) for part in item["loc"]]
+    location, section = _place([str(part) for part in item["loc"]], kind)
     key = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
-        valid = list(_section_at(location[:-1], kind).model_fields)
+        valid = list(section.model_fields)
         close = difflib.get_close_matches(location[-1], valid, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"unknown key {key!r}{hint}; valid keys here: {', '.join(valid)}"
@@ -152,16 +152,43 @@ def _sentence(item: Any, kind: type[Section]) -> str:
         return f"the key {key!r} is missing"
     if item["type"] == "literal_error":
         return f"{key}: {item['input']!r} is unknown; valid: {item['ctx']['expected']}"
+    if item["type"] == "union_tag_invalid":
+        tag, valid = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+        return f"{key}.kind: {tag!r} is unknown; valid: {valid}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "the value should")
     given = item["input"]
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool | None) else ""
     return f"{key}: {message}{shown}"
 
 
-def _section_at(location: list[str], section: type[Section]) -> type[Section]:
+def _place(location: list[str], section: type[Section]) -> tuple[list[str], type[Section]]:
+    """An error's keys as they stand in the file, and the section that holds the last of them.
+
+    Where several sections are possible, pydantic puts the kind of the chosen one between the keys.
+    """
+    keys: list[str] = []
+    choices = {"": section}
     for part in location:
-        annotation = section.model_fields[part].annotation
-        for candidate in (annotation, *get_args(annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, Section):
-                section = candidate
-    return section
+        if part in choices and len(choices) > 1:
+            section = choices[part]
+            choices = {}
+        else:
+            keys.append(part)
+            field = section.model_fields.get(part)
+            choices = _sections(field.annotation) if field else {}
+            if len(choices) == 1:
+                (section,) = choices.values()
+    return keys, section
+
+
+def _sections(annotation: Any) -> dict[str, type[Section]]:
+    """The sections that an annotation allows, by their kind."""
+    if isinstance(annotation, type):
+        if not issubclass(annotation, Section):
+            return {}
+        kind = annotation.model_fields.get("kind")
+        return {get_args(kind.annotation)[0] if kind else "": annotation}
+    found: dict[str, type[Section]] = {}
+    for part in get_args(annotation):
+        found |= _sections(part)
+    return found

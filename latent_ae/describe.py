@@ -6,24 +6,26 @@ import os
 from itertools import groupby
 
 import torch
-from diffusers import AutoencoderKL
 
 from latent_ae.adversary import shape_of_discriminator
-from latent_ae.autoencoder import (
-    build_network,
-    downsampling,
-    image_channels,
-    require_divisible,
-)
+from latent_ae.autoencoder import require_bottleneck
 from latent_ae.config import Config, DataConfig, LossesConfig, largest_cut
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
+from latent_ae.networks import (
+    Network,
+    build_network,
+    downsampling,
+    image_channels,
+    require_checkpointing,
+    require_divisible,
+)
 
 __all__ = ["describe"]
 
 
 def describe(
-    config: Config, processes: int | None = None, network: AutoencoderKL | None = None
+    config: Config, processes: int | None = None, network: Network | None = None
 ) -> dict[str, str]:
     """Facts about a run, by title; the network is built without memory for its weights.
 
@@ -42,6 +44,9 @@ def describe(
     require_divisible(config.data.resolution, network, "data.resolution")
     if config.data.buckets is not None:
         require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
+    require_bottleneck(config.bottleneck.kind, network, config.network.path)
+    if config.training.gradient_checkpointing:
+        require_checkpointing(network)
     factor, side = downsampling(network), config.data.resolution
     pixels = image_channels(network) * side * side
     channels = network.config["latent_channels"]
@@ -61,7 +66,7 @@ def describe(
         "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
         "compression": f"{pixels / values:g} image values a latent value",
         "loss": _loss(config) + ", per image element",
-        "kl weight λ": _weight(config, values / pixels),
+        **_bottleneck(config, values / pixels),
         "adversary": _adversary(config, image_channels(network)) if config.adversary else "none",
         "effective batch": f"{batch}{at} = {micro} a process × {accumulation} micro-steps × "
         f"{processes} process{'es' if processes > 1 else ''}",
@@ -139,9 +144,22 @@ def _loss(config: Config) -> str:
         "per_channel": f"mean over channels c of ({text}) / exp(s_c) + s_c",
         "optimal": f"log({text}) + 1",
     }[losses.variance]
-    if config.bottleneck.weight and config.network.freeze == "nothing":
+    if config.distillation:
+        return text + " + (z − the teacher's z)² / (C·H·W)"
+    kl = config.bottleneck.kind == "kl" and config.bottleneck.weight
+    if kl and config.network.freeze == "nothing":
         text += " + λ · KL / (C·H·W)"
     return text + _regularisers(losses)
+
+
+def _bottleneck(config: Config, values_per_element: float) -> dict[str, str]:
+    """What the latents go through or come from, under its title."""
+    if teacher := config.distillation:
+        learns = "its reconstruction" if teacher.target == "teacher" else "the picture"
+        return {"teacher": f"{teacher.teacher}; the decoder makes {learns} of its final latents"}
+    if config.bottleneck.kind == "none":
+        return {"bottleneck": "none: the latents go straight through"}
+    return {"kl weight λ": _weight(config, values_per_element)}
 
 
 def _frozen(config: Config) -> str:

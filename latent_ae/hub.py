@@ -46,7 +46,7 @@ def push_to_hub(
     """Uploads an autoencoder with its card; what was made ready stays where the hub fails.
 
     Args:
-        folder: an exported folder, or any `AutoencoderKL` folder of diffusers'.
+        folder: an exported folder, or any of diffusers' that `load_network` loads.
         repo_id: `name` or `user/name`; made where it does not exist.
         evaluation: see `prepare_upload`, as are the next two.
         license_name: for the card.
@@ -106,7 +106,7 @@ def prepare_upload(
     """Writes a folder that can be uploaded as it is: weights, config, card, pictures.
 
     Args:
-        folder: an exported folder, or any `AutoencoderKL` folder of diffusers'.
+        folder: an exported folder, or any of diffusers' that `load_network` loads.
         out: the folder to make; must not exist yet.
         repo_id: what the card tells people to load.
         evaluation: what `latent-ae evaluate --out` wrote of the same weights; its numbers, protocol

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
-from latent_ae.autoencoder import encoder_side, load_network, weights_sha256
+from latent_ae.autoencoder import encoder_side
 from latent_ae.errors import UserError
+from latent_ae.network_folders import weights_sha256
+from latent_ae.networks import Network, load_network
 
 __all__ = ["latents_of", "readable_latents"]
 
@@ -30,7 +31,7 @@ def readable_latents(folder: str | Path) -> set[str]:
     return {own, *(name for name in told if isinstance(name, str))}
 
 
-def latents_of(network: AutoencoderKL, base: str | Path) -> list[str]:
+def latents_of(network: Network, base: str | Path) -> list[str]:
     """Whose latents a network makes that was trained with its encoder frozen.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -13,6 +12,7 @@ from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import Autoencoder, image_channels, trained_parameters
 from latent_ae.bottlenecks import build_bottleneck
 from latent_ae.config import Config
+from latent_ae.networks import Network, network_like, untrained_network
 from latent_ae.objective import Objective
 
 __all__ = ["TrainingMemory", "count_saved_bytes", "training_memory"]
@@ -29,7 +29,7 @@ class TrainingMemory(dict[str, int]):
         return sum(self.values())
 
 
-def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) -> TrainingMemory:
+def training_memory(config: Config, network: Network, processes: int = 1) -> TrainingMemory:
     """The memory of an update: what stays, and what the backward pass needs.
 
     The forward pass is run on tensors without storage, and what autograd would save is added up: no
@@ -43,9 +43,8 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
     """
     adversary, channels = config.adversary, image_channels(network)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        copy = AutoencoderKL.from_config(network.config)
         model = Autoencoder(
-            copy,  # pyright: ignore[reportArgumentType]
+            network_like(network),
             build_bottleneck(config.bottleneck),
             freeze_encoder=config.network.freeze == "encoder",
         )
@@ -78,6 +77,9 @@ def training_memory(config: Config, network: AutoencoderKL, processes: int = 1) 
         memory["LPIPS"] = _bytes(objective.perceptual)
     if objective.alignment is not None:
         memory["vision model"] = _bytes(objective.alignment)
+    if config.distillation:
+        with FakeTensorMode():
+            memory["teacher"] = _bytes(untrained_network(config.distillation.teacher))
     return memory
 
 

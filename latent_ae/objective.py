@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from latent_ae.config import BottleneckConfig, LossesConfig
+from latent_ae.config import AnyBottleneck, LossesConfig
 from latent_ae.losses import PIXEL_LOSSES, Alignment, PerceptualLoss
 from latent_ae.losses.variance import (
     ROUNDING_ERRORS,
@@ -58,7 +58,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         losses: LossesConfig,
-        bottleneck: BottleneckConfig,
+        bottleneck: AnyBottleneck,
         *,
         channels: int = 3,
         latent_channels: int | None = None,

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from latent_ae.autoencoder import load_network
 from latent_ae.config import Config
 from latent_ae.config_file import load_config
 from latent_ae.errors import UserError
+from latent_ae.networks import Network, load_network
 
 __all__ = ["RunFolder", "json_line", "judging_metric", "write_whole"]
 
@@ -181,7 +180,7 @@ class RunFolder:
                 continue
         return rows
 
-    def trained_network(self, which: str = "last") -> tuple[AutoencoderKL, dict[str, Any]]:
+    def trained_network(self, which: str = "last") -> tuple[Network, dict[str, Any]]:
         """A checkpoint's network, with averaged weights if there are any, and its progress.
 
         Args:
@@ -194,5 +193,6 @@ class RunFolder:
         network = load_network(checkpoint / "network")
         averaged = checkpoint / "ema.safetensors"
         if averaged.is_file():
+            # Neither frozen weights nor buffers, such as BatchNorm's, are averaged.
             network.load_state_dict(network.state_dict() | load_file(averaged))
         return network, self.progress(checkpoint)

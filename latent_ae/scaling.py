@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from pydantic import BaseModel, field_validator
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class LatentScaling(BaseModel):
         return value or None
 
     @classmethod
-    def of(cls, network: AutoencoderKL) -> LatentScaling:
+    def of(cls, network: Any) -> LatentScaling:
         """Reads them from a network's config."""
         known = {name: network.config.get(name) for name in cls.model_fields}
         return cls(**{name: value for name, value in known.items() if value is not None})  # pyright: ignore
@@ -71,22 +71,26 @@ class LatentStatistics:
     """Moments of the aggregate posterior, exact over any number of batches, in float64.
 
     The law of total variance gives them without sampling noise: the variance of z ~ q(z|x) over
-    pictures is Var[μ(x)] + E[σ²(x)].
+    pictures is Var[μ(x)] + E[σ²(x)]. Latents without a posterior have no σ² and no KL.
     """
 
     def __init__(self) -> None:
         self.count = 0  # latent elements a channel
         self.images = 0
-        self._sum = self._square = self._variance = self._kl = torch.zeros(())
+        self._sum = self._square = self._variance = torch.zeros(())
+        self._kl: Tensor | None = None
 
-    def update(self, mean: Tensor, logvar: Tensor) -> None:
-        """Adds posteriors; both of shape (B, c, h, w)."""
-        mean, logvar = mean.double().cpu(), logvar.double().cpu()
+    def update(self, mean: Tensor, logvar: Tensor | None = None) -> None:
+        """Adds posteriors, or latents alone; both of shape (B, c, h, w)."""
+        mean = mean.double().cpu()
         over = (0, 2, 3)
         self._sum = self._sum + mean.sum(over)
         self._square = self._square + mean.square().sum(over)
-        self._variance = self._variance + logvar.exp().sum(over)
-        self._kl = self._kl + gaussian_kl(mean, logvar).sum(over)
+        if logvar is not None:
+            logvar = logvar.double().cpu()
+            self._variance = self._variance + logvar.exp().sum(over)
+            kl = gaussian_kl(mean, logvar).sum(over)
+            self._kl = kl if self._kl is None else self._kl + kl
         self.count += mean[:, 0].numel()
         self.images += len(mean)
 
@@ -114,11 +118,11 @@ class LatentStatistics:
         return variance.sqrt().item()
 
     @property
-    def kl_per_image(self) -> float:
-        """KL(q(z|x) ‖ N(0, I)) of an image, in nats."""
-        return self._kl.sum().item() / self.images
+    def kl_per_image(self) -> float | None:
+        """KL(q(z|x) ‖ N(0, I)) of an image, in nats; None without a posterior."""
+        return None if self._kl is None else self._kl.sum().item() / self.images
 
-    def summary(self) -> dict[str, float | int | list[float]]:
+    def summary(self) -> dict[str, float | int | list[float] | None]:
         """All of it, for a JSON file."""
         return {
             "images": self.images,

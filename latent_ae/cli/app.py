@@ -39,7 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, measure, export and use the autoencoder of a latent diffusion model.\n\n"
     "The usual way: `train` a config, `export` the run, `evaluate` the exported folder, `encode` a "
-    "data set with it. Every verb that takes MODEL takes any folder of diffusers' `AutoencoderKL`.",
+    "data set with it. Every verb that takes MODEL takes any folder of diffusers' `AutoencoderKL`, "
+    "and, where nothing else is said, of its other autoencoders of pictures.",
 )
 
 ConfigFile = Annotated[
@@ -52,7 +53,10 @@ Overrides = Annotated[
     ),
 ]
 Model = Annotated[
-    Path, typer.Argument(help="Exported folder, or any AutoencoderKL folder.", metavar="MODEL")
+    Path,
+    typer.Argument(
+        help="Exported folder, or any autoencoder folder of diffusers'.", metavar="MODEL"
+    ),
 ]
 Data = Annotated[
     str,

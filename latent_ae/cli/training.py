@@ -1,4 +1,4 @@
-"""The verbs around a training run: train, export, config."""
+"""The verbs around a training run: train, distill, export, config."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from latent_ae.cli.app import ConfigFile, Overrides, app, is_main_process, say, stderr
+from latent_ae.cli.app import (
+    ConfigFile,
+    Data,
+    Overrides,
+    Source,
+    Split,
+    app,
+    is_main_process,
+    say,
+    stderr,
+)
 from latent_ae.errors import UserError
 
 if TYPE_CHECKING:
     from latent_ae.training import DryRun
 
-__all__ = ["config", "export", "train"]
+__all__ = ["config", "distill", "export", "train"]
 
 
 @app.command()
@@ -53,6 +63,49 @@ def train(
     kept = folder.all_checkpoints()
     if main and kept and folder.progress(kept[-1])["step"] >= settings.training.steps:
         console.print(f"done; next: latent-ae export {folder.path} OUT", markup=False)
+
+
+@app.command()
+def distill(
+    teacher: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of an AutoencoderKL, AutoencoderDC or AutoencoderTiny.", metavar="TEACHER"
+        ),
+    ],
+    data: Data,
+    out: Annotated[Path, typer.Argument(help="The folder to make.", metavar="OUT")],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Another recipe than the package's, a YAML file.")
+    ] = None,
+    source: Source = None,
+    split: Split = "train",
+    license: Annotated[str, typer.Option(help="For the model card.")] = "unknown",
+) -> None:
+    """Teach a tiny autoencoder a large one's latents, for previews; exported as AutoencoderTiny.
+
+    OUT takes the teacher's place: `pipeline.vae = AutoencoderTiny.from_pretrained(OUT)`. It is
+    trained in OUT-run; the same command goes on where a run was stopped. Overrides are those of
+    `train`, such as `training.steps=5000 data.resolution=128 distillation.target=picture
+    validation.path=HELD_OUT`; `latent-ae config OUT-run/config.yaml` shows all keys.
+    """
+    from latent_ae.distillation import RECIPE
+    from latent_ae.distillation import distill as run
+
+    made = run(
+        teacher,
+        data,
+        out,
+        overrides or (),
+        source=source,
+        split=split,
+        recipe=config or RECIPE,
+        license_name=license,
+        console=stderr(),
+    )
+    if made is not None:
+        say(f"{out} is ready: AutoencoderTiny.from_pretrained({str(out)!r})")
 
 
 @app.command()
@@ -106,9 +159,10 @@ def export(
         max_shard_size=max_shard_size,
         license_name=license,
     )
-    for caveat in caveats(json.loads((out / "config.json").read_text())):
+    settings = json.loads((out / "config.json").read_text())
+    for caveat in caveats(settings):
         say(f"note: {caveat}")
-    say(f"{out} is ready: AutoencoderKL.from_pretrained({str(out)!r})")
+    say(f"{out} is ready: {settings['_class_name']}.from_pretrained({str(out)!r})")
 
 
 @app.command()

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
+from latent_ae.config.families import DCNetworkConfig, TinyNetworkConfig
 from latent_ae.config.section import Section
 
 __all__ = [
+    "AnyBottleneck",
+    "AnyNetwork",
     "AutoencoderConfig",
     "BottleneckConfig",
     "NetworkConfig",
+    "NoBottleneckConfig",
+    "misfit",
 ]
 
 
 class NetworkConfig(Section):
-    """diffusers' `AutoencoderKL`, built anew or loaded from a folder."""
+    """diffusers' `AutoencoderKL`, built anew; or any of its kinds, loaded from a folder."""
 
+    kind: Literal["kl"] = "kl"
+    """`kl`: latents with a Gaussian posterior. With `path` the folder says the kind."""
     path: str | None = None
     """A folder that diffusers can load, yours or anybody's: fine-tune it. Beside it only `freeze`.
     """
@@ -76,7 +85,7 @@ class NetworkConfig(Section):
 
 
 class BottleneckConfig(Section):
-    """What stands between encoder and decoder."""
+    """What stands between encoder and decoder: a Gaussian posterior."""
 
     kind: Literal["kl"] = "kl"
     """`kl`: a diagonal Gaussian posterior."""
@@ -86,8 +95,62 @@ class BottleneckConfig(Section):
     """Steps over which λ rises linearly from 0."""
 
 
+class NoBottleneckConfig(Section):
+    """Nothing between encoder and decoder, for networks without a posterior."""
+
+    kind: Literal["none"]
+    """`none`: the latents go straight through."""
+    # Of whatever loss terms the code has, which without a teacher are none.
+    weight: ClassVar[float] = 1.0
+    warmup_steps: ClassVar[int] = 0
+
+
+def _kind(value: Any) -> str:
+    """Which of several sections is meant; `kl` where nothing is said."""
+    if isinstance(value, dict):
+        return str(value.get("kind", "kl"))
+    return getattr(value, "kind", "kl")
+
+
+AnyNetwork = Annotated[
+    Annotated[NetworkConfig, Tag("kl")]
+    | Annotated[DCNetworkConfig, Tag("dc")]
+    | Annotated[TinyNetworkConfig, Tag("tiny")],
+    Discriminator(_kind),
+]
+AnyBottleneck = Annotated[
+    Annotated[BottleneckConfig, Tag("kl")] | Annotated[NoBottleneckConfig, Tag("none")],
+    Discriminator(_kind),
+]
+
+
+def misfit(bottleneck: str, network: str, posterior: bool) -> str | None:
+    """Why a kind of bottleneck cannot stand in a network, in one sentence; None where it can.
+
+    Args:
+        bottleneck: its kind.
+        network: what the sentence calls the network.
+        posterior: whether that network's encoder gives a posterior.
+    """
+    if posterior == (bottleneck == "kl"):
+        return None
+    wanted, has = ("kl", "a") if posterior else ("none", "no")
+    return f"{network} has {has} posterior: bottleneck.kind is {wanted} there, not {bottleneck!r}"
+
+
 class AutoencoderConfig(Section):
     """What it takes to build the autoencoder."""
 
-    network: NetworkConfig = NetworkConfig()
-    bottleneck: BottleneckConfig = BottleneckConfig()
+    network: AnyNetwork = NetworkConfig()
+    """Which of diffusers' networks, and its shape; `kind: kl` where none is said."""
+    bottleneck: AnyBottleneck = BottleneckConfig()
+    """What the network's latents go through; `kind: kl` where none is said."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> AutoencoderConfig:
+        kind = self.network.kind
+        if self.network.path is None and (
+            reason := misfit(self.bottleneck.kind, f"network.kind {kind}", kind == "kl")
+        ):
+            raise ValueError(reason)
+        return self

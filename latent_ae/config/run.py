@@ -7,6 +7,7 @@ from pydantic import model_validator
 from latent_ae.channels import has_colours
 from latent_ae.config.adversary import AdversaryConfig
 from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfig
+from latent_ae.config.distillation import DistillationConfig
 from latent_ae.config.losses import LossesConfig
 from latent_ae.config.model import AutoencoderConfig
 from latent_ae.config.training import TrainingConfig
@@ -32,6 +33,8 @@ class Config(AutoencoderConfig):
     losses: LossesConfig = LossesConfig()
     adversary: AdversaryConfig | None = None
     """Left out: none."""
+    distillation: DistillationConfig | None = None
+    """Left out: the network makes latents of its own."""
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig | None = None
     output: str
@@ -62,6 +65,17 @@ class Config(AutoencoderConfig):
         channels = self.network.in_channels
         if self.network.path is None and (reason := colourless(self.losses, channels)):
             raise ValueError(reason)
+        regularised = self.losses.equivariance or self.losses.alignment
+        if self.distillation and regularised:
+            raise ValueError(
+                "distillation takes the teacher's latents as they are: leave losses.equivariance "
+                "and losses.alignment out"
+            )
+        if self.distillation and self.bottleneck.kind != "none":
+            raise ValueError(
+                "distillation is for networks without a posterior, whose bottleneck.kind is none, "
+                "such as network.kind tiny"
+            )
         measured = self.losses.perceptual or (self.validation and not self.validation.resolution)
         if measured and self.data.resolution < SMALLEST_MEASURED:
             raise ValueError(

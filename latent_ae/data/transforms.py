@@ -152,15 +152,12 @@ class TrainingCrop:
     config: DataConfig
 
     def __call__(
-        self,
-        picture: Image.Image | Bands,
-        rng: np.random.Generator,
-        size: tuple[int, int] | None = None,
+        self, picture: Image.Image, rng: np.random.Generator, size: tuple[int, int] | None = None
     ) -> Tensor:
         """Cuts a picture.
 
         Args:
-            picture: of any number of bands.
+            picture: Pillow's, or `Bands`, which answer to the same calls.
             rng: of the place and the mirroring.
             size: (height, width) of the bucket; left out, a square of `resolution`.
 

@@ -11,10 +11,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from latent_ae.channels import has_colours
 from latent_ae.config import Config
 from latent_ae.export.stock import caveats
+from latent_ae.networks import NETWORKS, NetworkSpec, spec_named
 
 __all__ = ["model_card", "protocol_of", "without_paths"]
 
 _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (AlexNet)"}
+_KINDS = {
+    "AutoencoderKL": "A KL-VAE",
+    "AutoencoderDC": "A deep-compression autoencoder",
+    "AutoencoderTiny": "A tiny autoencoder",
+}
 _HERE = "path/to/this/folder"
 
 
@@ -29,9 +35,13 @@ def protocol_of(config: Config, channels: int = 3) -> str | None:
     if held_out is None:
         return None
     size = held_out.resolution or config.data.resolution
+    how = "posterior mode"
+    if config.distillation:
+        learns = "the picture" if config.distillation.target == "picture" else "its reconstruction"
+        how = f"decoded from the teacher's latents and held against {learns}"
     return (
         f"the first {held_out.images} pictures of {held_out.path}, shorter side to {size} by "
-        "Lanczos, centre crop, posterior mode, fp32, rounded to 8 bits"
+        f"Lanczos, centre crop, {how}, fp32, rounded to 8 bits"
         + (", LPIPS v0.1 alex" if has_colours(channels) else "")
     )
 
@@ -57,13 +67,15 @@ def model_card(
         evaluation: the content of an evaluation.json of the same weights.
         pictures: paths of inputs and reconstructions, relative to the card.
     """
+    spec = spec_named(config.get("_class_name", "AutoencoderKL")) or NETWORKS["kl"]
     # What diffusers takes for keys that older configs lack.
-    config = {"scaling_factor": 0.18215, "force_upcast": True, **config}
+    missing = {"scaling_factor": 0.18215, "force_upcast": True} if spec.upcasts else {}
+    config = {"scaling_factor": 1.0, **missing, **config}
     record = without_paths(record)
     parts = [
         _front(license_name, name, evaluation),
-        _title(config, record),
-        _how_to_load(config, name, variants),
+        _title(spec, config, record),
+        _how_to_load(spec, config, name, variants),
         _facts(config, record),
         _metrics(record, evaluation),
         _shown(pictures),
@@ -101,20 +113,28 @@ def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _title(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    channels, factor = config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+def _title(spec: NetworkSpec, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    channels, factor = config["latent_channels"], 2 ** (len(config[spec.levels]) - 1)
     pictures = config.get("in_channels", 3)
     trained = " Trained with latent_ae." if record else ""
+    if teacher := record.get("teacher"):
+        told = f", weights sha256 {teacher['weights_sha256'][:12]}"
+        trained += (
+            f" Its latents are the final (scaled) ones of the autoencoder {_last(teacher['path'])}"
+            f"{told if teacher['weights_sha256'] else ''}: it stands in for that one in a pipeline."
+        )
     return f"""# An autoencoder for latent diffusion
 
-A KL-VAE (`diffusers.AutoencoderKL`), f{factor} with {channels} channels: an image of
+{_KINDS[spec.name]} (`diffusers.{spec.name}`), f{factor} with {channels} channels: an image of
 {pictures} × H × W becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
 
 
-def _how_to_load(config: Mapping[str, Any], name: str, variants: Sequence[str]) -> str:
+def _how_to_load(
+    spec: NetworkSpec, config: Mapping[str, Any], name: str, variants: Sequence[str]
+) -> str:
     text = f"""```python
-from diffusers import AutoencoderKL
-vae = AutoencoderKL.from_pretrained("{name}")
+from diffusers import {spec.name}
+vae = {spec.name}.from_pretrained("{name}")
 ```
 
 As the autoencoder of a pipeline: `DiffusionPipeline.from_pretrained(PIPELINE, vae=vae)`, where the
@@ -122,7 +142,7 @@ pipeline's denoiser was trained on this autoencoder's latents."""
     if variants:
         told = " or ".join(f'`variant="{variant}"`' for variant in variants)
         text += f"\nWeights of 16 bits: {told}, with the `torch_dtype` of that name."
-        if config["force_upcast"] and "fp16" in variants:
+        if config.get("force_upcast") and "fp16" in variants:
             text += " In fp16 it overflows: only where a pipeline reads `force_upcast`."
     if notes := caveats(config):
         text += "\n\n" + "\n".join(f"- {note}." for note in notes)
@@ -131,7 +151,8 @@ pipeline's denoiser was trained on this autoencoder's latents."""
 
 def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     scale = f"{config['scaling_factor']:.5f}"
-    rows = {"scaling_factor": scale, "force_upcast": str(config["force_upcast"]).lower()}
+    upcast = str(config.get("force_upcast", False)).lower()
+    rows = {"scaling_factor": scale, "force_upcast": upcast}
     if record:
         trained, latents = record["config"], record["latents"]
         data = trained["data"]
@@ -140,10 +161,12 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             "training": f"{record['trained']['steps']} steps, {record['trained']['images']} images",
             "objective": _objective_in_words(trained),
             "scaling_factor": f"{scale}, {_measured(record)}",
-            "KL": f"{latents['kl_nats_per_image']:.0f} nats an image",
-            "force_upcast": rows["force_upcast"],
         }
+        if (kl := latents.get("kl_nats_per_image")) is not None:
+            rows["KL"] = f"{kl:.0f} nats an image"
+        rows["force_upcast"] = upcast
         if precision := record.get("precision"):
+            rows["force_upcast"] = str(precision["force_upcast"]).lower()
             rows["force_upcast"] += f": {precision['reason']}"
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if value := config.get(key):
@@ -153,6 +176,8 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _measured(record: Mapping[str, Any]) -> str:
+    if record.get("teacher"):
+        return f"the teacher's; their deviation is {record['latents']['std']:.3f}, measured"
     if record.get("statistics") == "kept":
         return "as it was before this fine-tuning"
     text = f"measured on {record['latents']['images']} crops"
@@ -216,7 +241,10 @@ def _objective_in_words(config: Mapping[str, Any]) -> str:
     losses, text = config["losses"], config["losses"]["pixel"].upper()
     if "perceptual" in losses:
         text += f" + {losses['perceptual']['weight']:g} LPIPS-{losses['perceptual']['net']}"
-    text += f" + {config['bottleneck']['weight']:g} KL"
+    if "weight" in config["bottleneck"]:
+        text += f" + {config['bottleneck']['weight']:g} KL"
+    if "distillation" in config:
+        text += " + squared distance of the latents from the teacher's"
     if adversary := config.get("adversary"):
         text += f" + {adversary['weight']:g} PatchGAN ({adversary['loss']}"
         text += f", from step {adversary['start']})"

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL
+
 from latent_ae.autoencoder import default_device, image_channels, weights_sha256
 from latent_ae.config import Config
 from latent_ae.config_file import plain
@@ -17,6 +19,7 @@ from latent_ae.export.card import model_card, protocol_of
 from latent_ae.export.folding import fold_statistics
 from latent_ae.export.statistics import (
     chosen_statistics,
+    known_numbers,
     measure_latents,
     measuring_data,
     scaling_of,
@@ -25,9 +28,10 @@ from latent_ae.export.statistics import (
 from latent_ae.export.weights import parse_options, save_weights
 from latent_ae.folders import require_free, whole_folder
 from latent_ae.lineage import latents_of
+from latent_ae.networks import spec_of
 from latent_ae.precision import measure_precision
 from latent_ae.run_folder import RunFolder
-from latent_ae.scaling import LatentStatistics
+from latent_ae.scaling import LatentScaling, LatentStatistics
 
 __all__ = ["export_run"]
 
@@ -49,7 +53,8 @@ def export_run(
     """Writes a run's weights, averaged where there is an EMA, as a diffusers folder.
 
     The scale is measured on training crops, and on a few of them whether fp16 is safe
-    (`force_upcast`, with the evidence in `latent_ae.json`). The folder is written aside, loaded
+    (`force_upcast`, with the evidence in `latent_ae.json`). A distilled network's latents have
+    their teacher's final scale, so its `scaling_factor` is 1. The folder is written aside, loaded
     again by stock diffusers and compared, then renamed into place. A run with an adversary leaves
     its `discriminator.safetensors` there too, for `adversary.path` of whoever fine-tunes; diffusers
     does not look at it.
@@ -73,37 +78,43 @@ def export_run(
         `out`.
 
     Raises:
-        UserError: `run` has no such checkpoint, `out` exists, or the data cannot be read.
+        UserError: `run` has no such checkpoint, `out` exists, the data cannot be read, or the
+            network's class has no place for such statistics.
     """
     parse_options(variants, max_shard_size)
     folder, out = RunFolder(run), Path(out).absolute()
     require_free(out)
     network, progress = folder.trained_network(checkpoint)
     config = folder.config()
-    statistics, frozen = chosen_statistics(config, statistics), config.network.freeze == "encoder"
+    spec, frozen = spec_of(network), config.network.freeze == "encoder"
+    statistics = chosen_statistics(config, spec, statistics)
     network = network.to(default_device()).eval()  # pyright: ignore
-    if config.bottleneck.weight == 0 and not frozen:
+    if isinstance(network, AutoencoderKL) and config.bottleneck.weight == 0 and not frozen:
         silence_posterior(network)
     crops = measuring_data(config, data)
     measured, sample = measure_latents(network, crops, images)
     folded = None
-    if statistics == "folded":
+    if statistics == "folded" and isinstance(network, AutoencoderKL):
         folded = {"mean": measured.channel_mean, "std": measured.channel_std}
         fold_statistics(network, **folded)
         measured, sample = measure_latents(network, crops, images)
     if statistics != "kept":
-        network.register_to_config(**scaling_of(measured, statistics).to_config())
+        scaling = LatentScaling() if config.distillation else scaling_of(measured, statistics)
+        network.register_to_config(**known_numbers(network, scaling))
     evidence = measure_precision(network, sample[:PRECISION_IMAGES])
-    # A frozen encoder that needed it before may need it for other pictures than these few.
-    before = frozen and bool(network.config["force_upcast"])
-    network.register_to_config(force_upcast=before or evidence.force_upcast)
-    if config.network.path is None:  # the side of diffusers' tiles; ours has no other meaning
+    if spec.upcasts:
+        # A frozen encoder that needed it before may need it for other pictures than these few.
+        before = frozen and bool(network.config["force_upcast"])
+        network.register_to_config(force_upcast=before or evidence.force_upcast)
+    if config.network.path is None and "sample_size" in network.config:
+        # The side of diffusers' tiles; ours has no other meaning.
         network.register_to_config(sample_size=max(256, config.data.resolution))
     with whole_folder(out) as aside:
         save_weights(network, aside, sample, variants, max_shard_size)
         record = _record(config, folder, progress, measured, aside, image_channels(network))
         record |= {
             "statistics": statistics,
+            "teacher": _teacher(config),
             "folded": folded,
             "precision": evidence.to_json(),
             "license": license_name,
@@ -118,6 +129,14 @@ def export_run(
         card = model_card(settings, record, license_name, variants=variants)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _teacher(config: Config) -> dict[str, Any] | None:
+    """Whose latents these are, by the hash of its weights where they still lie there."""
+    if config.distillation is None:
+        return None
+    path = Path(config.distillation.teacher)
+    return {"path": str(path), "weights_sha256": weights_sha256(path) if path.is_dir() else None}
 
 
 def _record(

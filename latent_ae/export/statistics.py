@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from latent_ae.autoencoder import encode_moments, image_channels
-from latent_ae.bottlenecks import LOGVAR_RANGE, split_moments
+from latent_ae.autoencoder import encode_mode, image_channels
+from latent_ae.bottlenecks import LOGVAR_RANGE
 from latent_ae.config import Config, DataConfig
 from latent_ae.data import TrainingStream, normalize, source_of
 from latent_ae.errors import UserError
+from latent_ae.networks import Network, NetworkSpec
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
 __all__ = [
     "STATISTICS",
     "chosen_statistics",
+    "known_numbers",
     "measure_latents",
     "measuring_data",
     "scaling_of",
     "silence_posterior",
 ]
 
-STATISTICS = ("scale", "shift", "channels", "folded", "kept")
+STATISTICS: tuple[str, ...] = ("scale", "shift", "channels", "folded", "kept")
 
 
 @torch.no_grad()
 def measure_latents(
-    network: AutoencoderKL, data: DataConfig, images: int
+    network: Network, data: DataConfig, images: int
 ) -> tuple[LatentStatistics, Tensor]:
     """Encodes training crops and gathers the moments of their latents.
 
@@ -42,7 +45,7 @@ def measure_latents(
     measured, sample = LatentStatistics(), torch.empty(0)
     while measured.images < images:
         sample = normalize(next(stream).images.to(network.device))
-        measured.update(*split_moments(encode_moments(network, sample)))
+        measured.update(*encode_mode(network, sample))
     return measured, sample
 
 
@@ -68,23 +71,44 @@ def measuring_data(config: Config, data: str | Path | None) -> DataConfig:
     return config.data.model_copy(update=source)
 
 
-def chosen_statistics(config: Config, statistics: str | None) -> str:
+def chosen_statistics(config: Config, spec: NetworkSpec, statistics: str | None) -> str:
     """What to write, one of `STATISTICS`: what was asked for, or what fits the run.
 
+    Args:
+        config: the run's.
+        spec: of the network's class.
+        statistics: what was asked for, if anything.
+
     Raises:
-        UserError: no such statistics, or not for this run.
+        UserError: no such statistics, or not for this run or this class.
     """
     if statistics is not None and statistics not in STATISTICS:
         raise UserError(f"statistics {statistics!r} is unknown; valid: {', '.join(STATISTICS)}")
     frozen = config.network.freeze == "encoder"
-    if frozen and statistics not in (None, "kept"):
+    chosen = statistics or ("kept" if frozen else "scale")
+    if config.distillation and chosen != "scale":
         raise UserError(
-            f"statistics {statistics!r} would scale the latents anew, which the frozen encoder of "
+            f"statistics {chosen!r}: a distilled network's latents are its teacher's, scaled "
+            "already; leave --statistics out"
+        )
+    if frozen and chosen != "kept":
+        raise UserError(
+            f"statistics {chosen!r} would scale the latents anew, which the frozen encoder of "
             "this run has left where they were; leave it out, or say `kept`"
         )
-    if statistics == "kept" and config.network.path is None:
+    if chosen == "kept" and config.network.path is None:
         raise UserError("statistics 'kept': this run began with a new network, which had none")
-    return statistics or ("kept" if frozen else "scale")
+    if chosen != "kept" and chosen not in spec.statistics:
+        raise UserError(
+            f"statistics {chosen!r} have no place in an {spec.name}; valid there: "
+            f"{', '.join(spec.statistics)}"
+        )
+    return chosen
+
+
+def known_numbers(network: Network, scaling: LatentScaling) -> dict[str, Any]:
+    """The keys of a scaling that the config of the network's class has."""
+    return {key: value for key, value in scaling.to_config().items() if key in network.config}
 
 
 def scaling_of(measured: LatentStatistics, statistics: str) -> LatentScaling:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from latent_ae.autoencoder import WEIGHT_VARIANTS, reconstruct
 from latent_ae.errors import UserError
 from latent_ae.frozen import PRECISIONS
+from latent_ae.networks import Network, tidy_config
 
 __all__ = ["VARIANTS", "parse_options", "save_weights"]
 
@@ -37,7 +36,7 @@ def parse_options(variants: Sequence[str], max_shard_size: str) -> None:
 
 
 def save_weights(
-    network: AutoencoderKL,
+    network: Network,
     folder: Path,
     images: Tensor,
     variants: Sequence[str] = (),
@@ -66,32 +65,25 @@ def save_weights(
             raise UserError(f"a weight is too large for {variant}: leave that variant out")
         rounded.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         _require_same_weights(rounded, _load(folder, rounded, variant))
-    _forget_origin(folder / "config.json")
+    tidy_config(network, folder)
 
 
-def _load(folder: Path, like: AutoencoderKL, variant: str | None = None) -> AutoencoderKL:
-    loaded: Any = AutoencoderKL.from_pretrained(
+def _load(folder: Path, like: Network, variant: str | None = None) -> Network:
+    loaded: Any = type(like).from_pretrained(
         folder, variant=variant, torch_dtype=like.dtype, local_files_only=True
     )
     return loaded.to(like.device).eval()
 
 
 @torch.no_grad()
-def _require_same(network: AutoencoderKL, loaded: AutoencoderKL, images: Tensor) -> None:
+def _require_same(network: Network, loaded: Network, images: Tensor) -> None:
     """A difference is a bug, not input."""
     difference = (reconstruct(network, images) - reconstruct(loaded, images)).abs().max().item()
     if difference > 1e-4:  # fp32 rounding under another memory layout stays below
         raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")
 
 
-def _require_same_weights(network: AutoencoderKL, loaded: AutoencoderKL) -> None:
+def _require_same_weights(network: Network, loaded: Network) -> None:
     wanted, found = network.state_dict(), loaded.state_dict()
     if not all(torch.equal(wanted[name], found[name]) for name in wanted):
         raise RuntimeError(f"the weights in {network.dtype} read back differently")
-
-
-def _forget_origin(file: Path) -> None:
-    """Takes out the path of the checkpoint, which means nothing on another machine."""
-    content = json.loads(file.read_text())
-    content.pop("_name_or_path", None)
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import WEIGHTS_FILE, trained_parameters
 from latent_ae.errors import UserError
 from latent_ae.losses import save_discriminator
+from latent_ae.networks import Network, tidy_config
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.sharding import fill_, like_parameters, whole
@@ -35,7 +35,7 @@ class Checkpoint:
     """The parts of a run that are saved and restored."""
 
     accelerator: Accelerator
-    network: AutoencoderKL
+    network: Network
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     adversary: Adversary | None
@@ -110,6 +110,7 @@ class Checkpoint:
             _sync(aside / f"process-{rank}.pt")
             return
         self.network.save_config(aside / "network")
+        tidy_config(self.network, aside / "network")
         _save_tensors(state["network"], aside / "network" / WEIGHTS_FILE)
         if state["ema"] is not None:
             _save_tensors(state["ema"], aside / "ema.safetensors")

@@ -20,7 +20,7 @@ __all__ = ["claim_folder", "refuse_other_run", "start_accelerator"]
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
-_FIXED = ("network", "bottleneck", "losses.variance", "training.ema")
+_FIXED = ("network", "bottleneck", "distillation", "losses.variance", "training.ema")
 # A run may be resumed with an adversary that it did not have, or without the one it had.
 _FIXED_IF_BOTH = tuple(f"adversary.{name}" for name in DiscriminatorConfig.model_fields)
 

@@ -26,6 +26,7 @@ from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.losses import Equivariance, GradientShare
+from latent_ae.networks import Network, require_checkpointing, spec_of
 from latent_ae.objective import Objective
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
@@ -33,6 +34,7 @@ from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
 from latent_ae.training.processes import claim_folder, start_accelerator
 from latent_ae.training.sharding import alike, shard_
+from latent_ae.training.teacher import Teacher
 
 __all__ = ["Run", "prepare"]
 
@@ -50,7 +52,7 @@ class Run:
     folder: RunFolder
     accelerator: Accelerator
     autoencoder: nn.Module
-    network: AutoencoderKL
+    network: Network
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     adversary: nn.Module | None
@@ -60,6 +62,7 @@ class Run:
     last_input: LastInput
     guard: Guard
     sharded: bool
+    teacher: Teacher | None = None
     share: GradientShare | None = None
     equivariance: Equivariance | None = None
     stream: TrainingStream = None  # pyright: ignore  # opened where the restored run stands
@@ -141,10 +144,11 @@ class Run:
 class LastInput:
     """What the decoder's last convolution received, kept while `wanted`."""
 
-    def __init__(self, network: AutoencoderKL) -> None:
+    def __init__(self, network: Network) -> None:
         self.wanted = False
         self.features: Tensor | None = None
-        last: Any = network.decoder.conv_out
+        self._network, self._spec = network, spec_of(network)
+        last: Any = self._spec.last_layer(network)
         self.kernel: tuple[int, int] = last.kernel_size
         last.register_forward_pre_hook(self._keep)
 
@@ -164,6 +168,10 @@ class LastInput:
         assert features is not None, "the decoder has not run"
         return features
 
+    def gradient(self, at_picture: Tensor) -> Tensor:
+        """The gradient at that convolution's output, from the one at the decoder's."""
+        return self._spec.at_last_layer(self._network, at_picture)
+
 
 def prepare(config: Config) -> Run:
     """Builds a run, or restores it from the newest checkpoint in its folder.
@@ -174,10 +182,11 @@ def prepare(config: Config) -> Run:
     folder = RunFolder(config.output)
     accelerator = start_accelerator(config)
     claim_folder(folder, config, accelerator)
+    teacher = Teacher(config.distillation, accelerator.device) if config.distillation else None
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
-    _check(config, model.network)
-    if not folder.all_checkpoints():
+    _check(config, model.network, teacher)
+    if isinstance(model.network, AutoencoderKL) and not folder.all_checkpoints():
         _initialize(config, model.network)
     channels = image_channels(model.network)
     objective = Objective(
@@ -227,6 +236,7 @@ def prepare(config: Config) -> Run:
         last_input,
         Guard(accelerator.device),
         _sharded(config.training, accelerator),
+        teacher,
         model.share,
         _equivariance(config, network),
     )
@@ -295,8 +305,12 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
         linear_code_(network, normalize(next(stream).images))
 
 
-def _check(config: Config, network: AutoencoderKL) -> None:
+def _check(config: Config, network: Network, teacher: Teacher | None) -> None:
     """Refuses before the first step what would fail later."""
+    if teacher is not None:
+        teacher.require_same_shape(network)
+    if config.training.gradient_checkpointing:
+        require_checkpointing(network)
     require_divisible(config.data.resolution, network, "data.resolution")
     if config.data.buckets is not None:
         require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
@@ -315,7 +329,7 @@ def _check(config: Config, network: AutoencoderKL) -> None:
         equivariance.require_room(config.data.smallest_side(), key)
 
 
-def _equivariance(config: Config, network: AutoencoderKL) -> Equivariance | None:
+def _equivariance(config: Config, network: Network) -> Equivariance | None:
     """What draws the transforms, with the smallest pictures that the losses can take."""
     if config.losses.equivariance is None:
         return None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_ae.adversary import adaptive_weight
 from latent_ae.autoencoder import downsampling, trained_parameters
@@ -18,6 +18,7 @@ from latent_ae.training.guard import poison
 from latent_ae.training.run import Run
 from latent_ae.training.schedule import learning_rate
 from latent_ae.training.sharding import clip_gradients
+from latent_ae.training.teacher import Lesson
 
 __all__ = ["Update", "update"]
 
@@ -87,7 +88,12 @@ def _accumulate(run: Run, images: Tensor, draw: Draw | None = None) -> dict[str,
         images = draw.pictures(images, downsampling(run.network))
     weight = rule.weight(run.step) if rule else 0.0
     run.last_input.wanted = weight > 0 and rule is not None and rule.config.adaptive
-    reconstruction = run.autoencoder(images, draw)
+    lesson = _lesson(run, images)
+    if lesson is None:
+        reconstruction = run.autoencoder(images, draw)
+    else:
+        reconstruction = run.autoencoder(images, taught=lesson.latents)
+        reconstruction.target = lesson.pictures
     target = reconstruction.target
     terms: dict[str, Tensor] = {}
     if rule is not None and rule.learns(run.step):
@@ -115,6 +121,16 @@ def _named(terms: dict[str, Tensor], draw: Draw | None) -> dict[str, Tensor]:
     return {names.get(name, name): value for name, value in terms.items()} | shares
 
 
+def _lesson(run: Run, images: Tensor) -> Lesson | None:
+    """What the teacher makes of the pictures, where the run has one."""
+    if run.teacher is None:
+        return None
+    # Some teachers overflow in fp16; bf16 holds whatever fp32 holds.
+    half = run.config.training.precision == "bf16"
+    with run.accelerator.autocast() if half else nullcontext():
+        return run.teacher(images)
+
+
 def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
     """The discriminator's turn: its own gradients, and what it asks of the reconstruction.
 
@@ -138,8 +154,8 @@ def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> d
             share: Tensor | float = weight
             if features is not None:
                 largest = config.adaptive_max / elements  # LDM's losses are sums over an image
-                own = gradient / scale
-                adaptive = adaptive_weight(features, own, wish, run.last_input.kernel, largest)
+                own, other = map(run.last_input.gradient, (gradient / scale, wish))
+                adaptive = adaptive_weight(features, own, other, run.last_input.kernel, largest)
                 terms["adaptive_weight"] = adaptive * elements
                 share = weight * adaptive
             return gradient + scale * share * wish
@@ -187,7 +203,7 @@ def _apply(run: Run) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _average(ema: EMAModel, network: AutoencoderKL) -> None:
+def _average(ema: EMAModel, network: nn.Module) -> None:
     """`EMAModel.step` in one pass over the weights instead of three."""
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from latent_ae.autoencoder import (
+    decode_latents,
     full_precision,
     image_channels,
     reconstruct,
@@ -17,8 +17,9 @@ from latent_ae.autoencoder import (
 )
 from latent_ae.channels import has_colours
 from latent_ae.config import ValidationConfig
-from latent_ae.data import evaluation_batches, normalize
+from latent_ae.data import evaluation_batches, normalize, to_uint8
 from latent_ae.metrics import ReconstructionMetrics
+from latent_ae.networks import Network, network_like
 from latent_ae.pictures import error_map, save_sheet
 from latent_ae.processes import from_main
 from latent_ae.training.checkpoint import averaged_state
@@ -33,20 +34,20 @@ _SHEET_ROWS = 8
 
 
 @contextmanager
-def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
+def averaged_network(run: Run) -> Iterator[Network]:
     """The network with the EMA weights in it, for the time of a block.
 
     A sharded run lends a whole copy, to the main process only.
     """
     network, main = run.network, run.accelerator.is_main_process
     if run.sharded:
-        state = network.state_dict()
+        state = network.state_dict()  # frozen weights and buffers too, which are not averaged
         if run.ema is not None:
             state |= averaged_state(network, run.ema)
         state = whole(state, keep=main)  # every process gathers
         if main:
             with torch.device("meta"):  # nothing is drawn: the random state stays
-                copy: Any = AutoencoderKL.from_config(network.config)
+                copy: Any = network_like(network)
             copy.load_state_dict(state, assign=True)
             network = copy.to(run.accelerator.device)
         yield network
@@ -66,6 +67,9 @@ def averaged_network(run: Run) -> Iterator[AutoencoderKL]:
 def validate(run: Run) -> dict[str, float]:
     """Reconstructs the held-out pictures from the posterior mode, in fp32; writes a sheet.
 
+    In a distillation the decoder gets the teacher's latents and is held against what it learns
+    from.
+
     The main process measures while the others wait: nothing goes through the wrapped module.
 
     Returns:
@@ -82,7 +86,7 @@ def validate(run: Run) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _measure(run: Run, network: AutoencoderKL, config: ValidationConfig) -> dict[str, float]:
+def _measure(run: Run, network: Network, config: ValidationConfig) -> dict[str, float]:
     device = run.accelerator.device
     channels = image_channels(network)
     metrics = ReconstructionMetrics(device, ("alex",) if has_colours(channels) else ())
@@ -101,13 +105,19 @@ def _measure(run: Run, network: AutoencoderKL, config: ValidationConfig) -> dict
             if not batch.samples:
                 continue
             images = batch.images.to(device)
-            rounded = metrics.update(images, reconstruct(network, normalize(images)))
+            if run.teacher is None:
+                decoded = reconstruct(network, normalize(images))
+            else:
+                lesson = run.teacher(normalize(images))
+                images = to_uint8(lesson.pictures)
+                decoded = decode_latents(network, lesson.latents)
+            rounded = metrics.update(images, decoded)
             if sum(len(pair[0]) for pair in kept) < _SHEET_ROWS:
                 kept.append((images.cpu(), rounded.cpu()))
     network.train(training)
     images, decoded = (torch.cat(column)[:_SHEET_ROWS] for column in zip(*kept, strict=True))
     columns = {
-        "input": images,
+        "teacher" if run.teacher else "input": images,
         "reconstruction": decoded,
         "error (4x)": error_map(images, decoded),
     }
