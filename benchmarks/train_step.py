@@ -57,7 +57,7 @@ from latent_ae import load_config
 from latent_ae.autoencoder import build_network, default_device
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.losses import NLayerDiscriminator, load_backbone
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 from latent_ae.training.step import update
 
 ROOT = Path(__file__).parents[1]

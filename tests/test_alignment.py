@@ -22,7 +22,7 @@ from latent_ae.losses.alignment import (
     distance_excess,
 )
 from latent_ae.losses.vision import VisionModel
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 from latent_ae.training.step import _accumulate, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")

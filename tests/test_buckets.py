@@ -35,7 +35,7 @@ from latent_ae.data.decoding import upright_size
 from latent_ae.describe import describe
 from latent_ae.memory import training_memory
 from latent_ae.run_folder import RunFolder
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")

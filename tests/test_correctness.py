@@ -30,7 +30,7 @@ from latent_ae.data import TrainingStream, normalize
 from latent_ae.losses import NLayerDiscriminator
 from latent_ae.run_folder import RunFolder
 from latent_ae.training import loop, record, step
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

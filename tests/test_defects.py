@@ -27,6 +27,7 @@ def one(number, file, old, new, test):
 
 
 STEP, RUN, CHECKPOINT = "training/step.py", "training/run.py", "training/checkpoint.py"
+PREPARE = "training/prepare.py"
 HERE = "tests/test_correctness.py::test_defect_"
 WISH = "(wish,) = torch.autograd.grad(verdict.autoencoder, fake, retain_graph=True)"
 _LEAK = "loss.backward(retain_graph=True)"
@@ -47,14 +48,14 @@ DEFECTS = [
     ),
     one(
         3,
-        RUN,
+        PREPARE,
         "model = Autoencoder.from_config(config)",
         "model = Autoencoder.from_config(config).to(torch.bfloat16)",
         HERE + "03_every_weight_moves_at_a_small_rate[bf16]",
     ),
     one(
         4,
-        RUN,
+        PREPARE,
         "decay=config.training.ema, foreach=True)",
         "decay=config.training.ema, foreach=True)\n        ema.to(dtype=torch.bfloat16)",
         HERE + "04_the_average_moves_in_fp32",

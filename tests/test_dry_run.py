@@ -16,7 +16,7 @@ from latent_ae.data import normalize
 from latent_ae.describe import describe
 from latent_ae.memory import count_saved_bytes, training_memory
 from latent_ae.training import dry_run
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from latent_ae.config import EquivarianceConfig
 from latent_ae.config_file import parse_config
 from latent_ae.data import normalize
 from latent_ae.losses import Draw, Equivariance
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 from latent_ae.training.step import _accumulate, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")

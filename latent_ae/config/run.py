@@ -62,9 +62,10 @@ class Config(AutoencoderConfig):
                     f"{key} {size} is no multiple of the network's factor "
                     f"{self.network.downsampling}"
                 )
-        channels = self.network.in_channels
-        if self.network.path is None and (reason := colourless(self.losses, channels)):
-            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
+    def _teachable(self) -> Config:
         regularised = self.losses.equivariance or self.losses.alignment
         if self.distillation and regularised:
             raise ValueError(
@@ -76,6 +77,13 @@ class Config(AutoencoderConfig):
                 "distillation is for networks without a posterior, whose bottleneck.kind is none, "
                 "such as network.kind tiny"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Config:
+        channels = self.network.in_channels
+        if self.network.path is None and (reason := colourless(self.losses, channels)):
+            raise ValueError(reason)
         measured = self.losses.perceptual or (self.validation and not self.validation.resolution)
         if measured and self.data.resolution < SMALLEST_MEASURED:
             raise ValueError(

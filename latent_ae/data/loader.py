@@ -170,6 +170,18 @@ def _end_workers(batches: Any) -> None:
         batches._shutdown_workers()
 
 
+def _stream_loader(
+    rows: _Streamed, config: DataConfig, options: dict[str, Any], state: dict[str, Any] | None
+) -> StatefulDataLoader:
+    options = {**options, "num_workers": min(config.workers, rows.rows.num_shards)}
+    with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 deprecated
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        loader = StatefulDataLoader(rows, config.batch_size, **options)
+    if state is not None:
+        loader.load_state_dict(state)
+    return loader
+
+
 class TrainingStream:
     """An endless iterator of training batches that knows where it is.
 
@@ -208,29 +220,22 @@ class TrainingStream:
             # resumed run would differ from that of one never stopped.
             "generator": torch.Generator(),
         }
-        self._loader: DataLoader | StatefulDataLoader
         self.plan: BucketPlan | None = None
         self._unreadable: list[Skipped] = []
         if config.streaming:
-            dataset = _Streamed(source, crop, seed, rank, world)
-            options["num_workers"] = min(config.workers, dataset.rows.num_shards)
-            with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 deprecated
-                warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-                self._loader = StatefulDataLoader(dataset, config.batch_size, **options)
-            if state is not None:
-                self._loader.load_state_dict(state)
+            self._loader: DataLoader | StatefulDataLoader = _stream_loader(
+                _Streamed(source, crop, seed, rank, world), config, options, state
+            )
         elif config.buckets is not None:
             sizes, unreadable = picture_sizes(source)
             self._unreadable = unreadable if rank == 0 else []  # each is told once
             self.plan = BucketPlan(config, sizes, seed, world)
+            shares = _Shares(self.plan, rank, start)
             self._loader = DataLoader(
-                _Bucketed(source, crop, self.plan),
-                batch_sampler=_Shares(self.plan, rank, start),
-                **options,
+                _Bucketed(source, crop, self.plan), batch_sampler=shares, **options
             )
         else:
-            count = len(source.rows)
-            tickets = _Tickets(count, config.batch_size, seed, rank, world, start)
+            tickets = _Tickets(len(source.rows), config.batch_size, seed, rank, world, start)
             self._loader = DataLoader(
                 _Indexed(source, crop, seed), batch_sampler=tickets, **options
             )

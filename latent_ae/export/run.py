@@ -28,8 +28,8 @@ from latent_ae.export.statistics import (
 from latent_ae.export.weights import parse_options, save_weights
 from latent_ae.folders import require_free, whole_folder
 from latent_ae.lineage import latents_of
-from latent_ae.networks import spec_of
-from latent_ae.precision import measure_precision
+from latent_ae.networks import Network, spec_of
+from latent_ae.precision import PrecisionEvidence, measure_precision
 from latent_ae.run_folder import RunFolder
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
@@ -86,8 +86,8 @@ def export_run(
     require_free(out)
     network, progress = folder.trained_network(checkpoint)
     config = folder.config()
-    spec, frozen = spec_of(network), config.network.freeze == "encoder"
-    statistics = chosen_statistics(config, spec, statistics)
+    frozen = config.network.freeze == "encoder"
+    statistics = chosen_statistics(config, spec_of(network), statistics)
     network = network.to(default_device()).eval()  # pyright: ignore
     if isinstance(network, AutoencoderKL) and config.bottleneck.weight == 0 and not frozen:
         silence_posterior(network)
@@ -98,17 +98,8 @@ def export_run(
         folded = {"mean": measured.channel_mean, "std": measured.channel_std}
         fold_statistics(network, **folded)
         measured, sample = measure_latents(network, crops, images)
-    if statistics != "kept":
-        scaling = LatentScaling() if config.distillation else scaling_of(measured, statistics)
-        network.register_to_config(**known_numbers(network, scaling))
     evidence = measure_precision(network, sample[:PRECISION_IMAGES])
-    if spec.upcasts:
-        # A frozen encoder that needed it before may need it for other pictures than these few.
-        before = frozen and bool(network.config["force_upcast"])
-        network.register_to_config(force_upcast=before or evidence.force_upcast)
-    if config.network.path is None and "sample_size" in network.config:
-        # The side of diffusers' tiles; ours has no other meaning.
-        network.register_to_config(sample_size=max(256, config.data.resolution))
+    _describe_in_config(network, config, measured, statistics, evidence)
     with whole_folder(out) as aside:
         save_weights(network, aside, sample, variants, max_shard_size)
         record = _record(config, folder, progress, measured, aside, image_channels(network))
@@ -129,6 +120,26 @@ def export_run(
         card = model_card(settings, record, license_name, variants=variants)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _describe_in_config(
+    network: Network,
+    config: Config,
+    measured: LatentStatistics,
+    statistics: str,
+    evidence: PrecisionEvidence,
+) -> None:
+    """Writes into diffusers' config what pipelines read there: scale, precision, size of tiles."""
+    if statistics != "kept":
+        scaling = LatentScaling() if config.distillation else scaling_of(measured, statistics)
+        network.register_to_config(**known_numbers(network, scaling))
+    if spec_of(network).upcasts:
+        # A frozen encoder that needed it before may need it for other pictures than these few.
+        before = config.network.freeze == "encoder" and bool(network.config["force_upcast"])
+        network.register_to_config(force_upcast=before or evidence.force_upcast)
+    if config.network.path is None and "sample_size" in network.config:
+        # The side of diffusers' tiles; ours has no other meaning.
+        network.register_to_config(sample_size=max(256, config.data.resolution))
 
 
 def _teacher(config: Config) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from latent_ae.config import Config
 from latent_ae.training.log import RunLog
+from latent_ae.training.prepare import prepare
 from latent_ae.training.record import Recorder
-from latent_ae.training.run import prepare
 from latent_ae.training.startup import show_startup
 from latent_ae.training.step import update
 from latent_ae.training.stop import StopRequest

@@ -1,4 +1,4 @@
-"""Everything a run holds while it trains, and how it is put together."""
+"""Everything a run holds while it trains."""
 
 from __future__ import annotations
 
@@ -9,34 +9,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from latent_ae.adversary import Adversary, shape_of_discriminator
+from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import (
-    Autoencoder,
-    downsampling,
     image_channels,
-    require_divisible,
-    trained_parameters,
 )
-from latent_ae.config import SMALLEST_MEASURED, Config, TrainingConfig, colourless
-from latent_ae.data import TrainingStream, normalize, require_one_readable
-from latent_ae.errors import UserError
-from latent_ae.initialization import linear_code_, zero_residual_branches_
+from latent_ae.config import Config
+from latent_ae.data import TrainingStream
 from latent_ae.losses import Equivariance, GradientShare
-from latent_ae.networks import Network, require_checkpointing, spec_of
-from latent_ae.objective import Objective
+from latent_ae.networks import Network, spec_of
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
 from latent_ae.training.guard import Guard
-from latent_ae.training.processes import claim_folder, start_accelerator
-from latent_ae.training.sharding import alike, shard_
 from latent_ae.training.teacher import Teacher
 
-__all__ = ["Run", "prepare"]
+__all__ = ["LastInput", "Run"]
 
 
 @dataclass
@@ -171,173 +161,3 @@ class LastInput:
     def gradient(self, at_picture: Tensor) -> Tensor:
         """The gradient at that convolution's output, from the one at the decoder's."""
         return self._spec.at_last_layer(self._network, at_picture)
-
-
-def prepare(config: Config) -> Run:
-    """Builds a run, or restores it from the newest checkpoint in its folder.
-
-    Raises:
-        UserError: the config cannot be met here, or the folder holds a different run.
-    """
-    folder = RunFolder(config.output)
-    accelerator = start_accelerator(config)
-    claim_folder(folder, config, accelerator)
-    teacher = Teacher(config.distillation, accelerator.device) if config.distillation else None
-    torch.manual_seed(config.training.seed)
-    model = Autoencoder.from_config(config)
-    _check(config, model.network, teacher)
-    if isinstance(model.network, AutoencoderKL) and not folder.all_checkpoints():
-        _initialize(config, model.network)
-    channels = image_channels(model.network)
-    objective = Objective(
-        config.losses,
-        config.bottleneck,
-        channels=channels,
-        latent_channels=model.network.config["latent_channels"],
-    )
-    alignment = config.losses.alignment
-    model.share = GradientShare(alignment.weight) if alignment and alignment.adaptive else None
-    adversary = rule = Adversary(config.adversary, channels) if config.adversary else None
-    if config.training.channels_last:
-        for part in (objective, adversary):  # or LPIPS would copy every picture back
-            if part is not None:
-                part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    network, last_input = model.network, LastInput(model.network)
-    autoencoder = _ready(model, config.training, accelerator)
-    # DDP refuses a module that has nothing to train: without a learned variance, only autocast.
-    fixed = not any(p.requires_grad for p in objective.parameters())
-    objective = accelerator.prepare_model(objective, evaluation_mode=fixed)
-    learning = list(trained_parameters(network).values())
-    optimizer = _adam(
-        [*learning, *trained_parameters(objective).values()],
-        config.training,
-        config.training.betas,
-    )
-    discriminator_optimizer = None
-    if adversary is not None and config.adversary is not None:
-        adversary = accelerator.prepare_model(adversary)
-        judged = list(adversary.parameters())
-        discriminator_optimizer = _adam(judged, config.training, config.adversary.betas)
-    ema = None
-    if config.training.ema:
-        ema = EMAModel(learning, decay=config.training.ema, foreach=True)
-    run = Run(
-        config,
-        folder,
-        accelerator,
-        autoencoder,
-        network,
-        objective,
-        accelerator.prepare_optimizer(optimizer),  # pyright: ignore[reportArgumentType]
-        adversary,
-        rule,
-        discriminator_optimizer,
-        ema,
-        last_input,
-        Guard(accelerator.device),
-        _sharded(config.training, accelerator),
-        teacher,
-        model.share,
-        _equivariance(config, network),
-    )
-    # Each process draws its own posterior noise; the seed of a fresh run, the state of a resumed.
-    torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
-    run.restore()
-    return run
-
-
-def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:
-    """The model as the options ask, on its device, wrapped for several processes.
-
-    From here on only the wrapped forward pass may be called in training.
-    """
-    sharded = _sharded(training, accelerator)
-    if training.channels_last and not sharded:  # FSDP2 wants contiguous weights; pictures suffice
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if training.gradient_checkpointing:
-        model.network.enable_gradient_checkpointing()
-    if training.compile:
-        _require_compiler(accelerator.device)
-        for block in model.blocks():  # in place, so that names and hooks stay
-            block.compile()
-    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
-    if sharded:
-        shard_(model, accelerator.device, accelerator.num_processes)
-    return wrapped
-
-
-def _require_compiler(device: torch.device) -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception as error:  # inductor's own kinds
-        raise UserError(f"training.compile needs a C++ compiler on {device}: {error}") from error
-
-
-def _sharded(training: TrainingConfig, accelerator: Accelerator) -> bool:
-    return training.shard and accelerator.num_processes > 1
-
-
-def _adam(
-    parameters: list[nn.Parameter], training: TrainingConfig, betas: tuple[float, float]
-) -> torch.optim.Optimizer:
-    # Fused: its kernel reads the flag that skips an update, without the host.
-    return torch.optim.AdamW(
-        [{"params": kind} for kind in alike(parameters)],
-        lr=training.learning_rate,
-        betas=betas,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-
-
-def _initialize(config: Config, network: AutoencoderKL) -> None:
-    """Applies `network.init`; the same on every process, since seed and crops are."""
-    if config.network.init == "zero_residual":
-        zero_residual_branches_(network)
-    elif config.network.init == "linear":
-        # As many pixels as 128 crops of 64² have: the fits look at all of them.
-        crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
-        data = config.data.squares(crops).model_copy(update={"workers": 0})
-        channels = image_channels(network)
-        stream = TrainingStream(data, seed=config.training.seed, channels=channels)
-        linear_code_(network, normalize(next(stream).images))
-
-
-def _check(config: Config, network: Network, teacher: Teacher | None) -> None:
-    """Refuses before the first step what would fail later."""
-    if teacher is not None:
-        teacher.require_same_shape(network)
-    if config.training.gradient_checkpointing:
-        require_checkpointing(network)
-    require_divisible(config.data.resolution, network, "data.resolution")
-    if config.data.buckets is not None:
-        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
-    channels = image_channels(network)
-    if reason := colourless(config.losses, channels):
-        raise UserError(reason)
-    if config.validation is not None:
-        if config.validation.resolution:
-            require_divisible(config.validation.resolution, network, "validation.resolution")
-        require_one_readable(config.validation, channels)
-    if config.adversary is not None:
-        shape_of_discriminator(config.adversary, config.data.smallest_side(), channels)
-    equivariance = _equivariance(config, network)
-    if equivariance is not None:
-        key = "data.resolution" if config.data.buckets is None else "the smallest side of a bucket,"
-        equivariance.require_room(config.data.smallest_side(), key)
-
-
-def _equivariance(config: Config, network: Network) -> Equivariance | None:
-    """What draws the transforms, with the smallest pictures that the losses can take."""
-    if config.losses.equivariance is None:
-        return None
-    smallest = SMALLEST_MEASURED if config.losses.perceptual else 1
-    if config.adversary is not None:
-        judge = shape_of_discriminator(
-            config.adversary, config.data.smallest_side(), image_channels(network)
-        )
-        smallest = max(smallest, judge.smallest_side)
-    seed, factor = config.training.seed, downsampling(network)
-    return Equivariance(config.losses.equivariance, seed, factor, smallest)
