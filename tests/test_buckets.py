@@ -28,7 +28,7 @@ from latent_ae.data import (
     nearest_size,
     open_source,
     picture_sizes,
-    sizes,
+    sources,
     to_tensor,
 )
 from latent_ae.data.decoding import upright_size
@@ -280,7 +280,7 @@ def test_sizes_are_read_once(shaped, tmp_path, monkeypatch):
     assert found.tolist() == [*map(list, wanted), [0, 0]]
     assert [skip.key for skip in skipped] == ["zero.png"]
     read = []
-    monkeypatch.setattr(sizes, "upright_size", lambda value: read.append(value["path"]) or (7, 7))
+    monkeypatch.setattr(sources, "upright_size", lambda value: read.append(value["path"]) or (7, 7))
     again, _ = picture_sizes(open_source(SourceConfig(path=str(folder))))
     assert [Path(path).name for path in read] == ["zero.png"]  # it may be whole by now
     assert again[:3].tolist() == found[:3].tolist()

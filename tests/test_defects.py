@@ -141,8 +141,8 @@ DEFECTS = [
     one(
         17,
         "objective.py",
-        "self.pixel(target, reconstruction.images).mean()",
-        "self.pixel(target, reconstruction.images).sum() / len(images)",
+        "terms = {self.pixel_name: errors.mean()}",
+        "terms = {self.pixel_name: errors.sum() / len(images)}",
         HERE + "17_losses_and_gradients_do_not_grow_with_the_picture",
     ),
     one(
