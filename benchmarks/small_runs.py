@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 def train_autoencoder(run, photos, steps, settings):
     """The quickstart's network with `settings` changed, exported to `run`/autoencoder, once."""
     from latent_ae import export_run, load_config, train
+    from latent_ae.run_folder import RunFolder
 
     if (run / "autoencoder").exists():
         return
@@ -23,7 +25,9 @@ def train_autoencoder(run, photos, steps, settings):
         "validation=null",
         f"output={run / 'training'}",
     ]
-    train(load_config(ROOT / "configs/quickstart.yaml", settings))
+    folder = RunFolder(train(load_config(ROOT / "configs/quickstart.yaml", settings)))
+    if folder.progress(folder.latest())["step"] < steps:  # a signal has ended it
+        sys.exit(f"{run} is not done; the same command goes on")
     export_run(run / "training", run / "autoencoder", images=512)
 
 

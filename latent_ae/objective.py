@@ -10,10 +10,10 @@ from latent_ae.config import AnyBottleneck, LossesConfig
 from latent_ae.losses import PIXEL_LOSSES, Alignment, PerceptualLoss
 from latent_ae.losses.variance import (
     ROUNDING_ERRORS,
-    implied_weight,
     learned_logvar,
     optimal_logvar,
     scaled_distance,
+    unit_of,
 )
 from latent_ae.outputs import Reconstruction
 
@@ -22,10 +22,14 @@ __all__ = ["Losses", "Objective"]
 
 @dataclass
 class Losses:
-    """The total to differentiate, and the terms that made it, without graph, for the log."""
+    """The total to differentiate, and the terms that made it, without graph, for the log.
+
+    `unit` is what the distance was divided by, exp(s), without graph; 1 with a fixed variance.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
+    unit: Tensor | float = 1.0
 
 
 class Objective(nn.Module):
@@ -98,9 +102,11 @@ class Objective(nn.Module):
         if self.perceptual is not None:
             terms["lpips"] = self.perceptual(target, reconstruction.images).mean()
             total = total + self.perceptual_weight * terms["lpips"]
+        unit: Tensor | float = 1.0
         if self.variance != "fixed":
-            total, scale = self._calibrated(total + self.rounding, step)
-            terms |= scale
+            total, unit = self._calibrated(total + self.rounding, terms)
+            if self.weight:
+                terms["implied_weight"] = self.bottleneck_weight(step) * unit
         elements = images[0].numel()
         for name, term in reconstruction.code.loss_terms.items():
             terms[name] = term.mean() / elements
@@ -111,17 +117,15 @@ class Objective(nn.Module):
             weight = 1.0 if self.alignment.config.adaptive else self.alignment.config.weight
             total = total + weight * sum(aligned.values())
             terms |= aligned if self.alignment.config.adaptive else aligned | {"total": total}
-        return Losses(total, {name: term.detach() for name, term in terms.items()})
+        return Losses(total, {name: term.detach() for name, term in terms.items()}, unit)
 
-    def _calibrated(self, distance: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distance in units of the decoder's variance, and what the log tells of that."""
+    def _calibrated(self, distance: Tensor, terms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The distance in units of the decoder's variance, and that unit; notes s in `terms`."""
         logvar = optimal_logvar(distance) if self.logvar is None else self.logvar
-        terms = {"logvar": logvar.mean()}
+        terms["logvar"] = logvar.mean()
         if logvar.dim():
             terms |= {f"logvar_{channel}": one for channel, one in enumerate(logvar)}
-        if self.weight:
-            terms["implied_weight"] = implied_weight(self.bottleneck_weight(step), logvar)
-        return scaled_distance(distance, logvar), terms
+        return scaled_distance(distance, logvar), unit_of(logvar)
 
     def bottleneck_weight(self, step: int) -> float:
         """λ at a step: a linear rise over `warmup_steps`, then constant."""

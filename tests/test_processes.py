@@ -120,6 +120,26 @@ def test_two_processes_equal_one_with_the_same_global_batch(alone, quiet, tmp_pa
 
 
 @pytest.mark.slow
+def test_the_optimal_variance_is_that_of_all_processes(alone, quiet, tmp_path):
+    """Two processes with two pictures each divide by the distance of all four."""
+    _, build = alone
+    runs = []
+    for name, batch_size in (("optimal-one", 4), ("optimal-two", 2)):
+        config = build(name, batch_size)
+        losses = config.losses.model_copy(update={"variance": "optimal", "pixel": "l2"})
+        runs.append(config.model_copy(update={"losses": losses}))
+    train(runs[0], quiet)
+    launch(runs[1], tmp_path / "two.yaml")
+    one, two = (run.output for run in runs)
+    assert_same_weights(one, two, 4, (WEIGHTS[0], WEIGHTS[2]), rtol=1e-3, atol=1e-4)
+    logvars = [
+        [row["logvar"] for row in RunFolder(run).log_rows() if row["group"] == "train"]
+        for run in (one, two)
+    ]
+    assert logvars[1] == pytest.approx(logvars[0], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("receiver", ["a process", "the launcher"])
 def test_a_signal_to_one_process_stops_all_of_them(tiny, quiet, tmp_path, receiver):
     config = tiny(training={"steps": 100_000, "checkpoint_every": 10**6}, validation=None)

@@ -72,6 +72,32 @@ def test_gradients_are_the_textbooks(adversarial):
     assert terms["adaptive_weight"].item() == pytest.approx(adaptive.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("largest", [1e4, 1e-2])
+def test_the_adversary_weighs_the_same_whatever_the_variance(adversarial, largest):
+    """The optimal one's gradients are those of the fixed weight that it implies, over exp(s).
+
+    Also where the adaptive weight is at its bound.
+    """
+
+    def gradients_and_terms(weight, **losses):
+        run = adversarial(
+            {"adaptive_max": largest},
+            bottleneck={"weight": weight},
+            losses={"pixel": "l2"} | losses,
+        )
+        images = normalize(next(run.stream).images)
+        torch.manual_seed(7)
+        terms = _accumulate(run, images)
+        return gradients(run.autoencoder), terms
+
+    optimal, terms = gradients_and_terms(2.0, variance="optimal")
+    fixed, plain = gradients_and_terms(terms["implied_weight"].item())
+    weight = plain["adaptive_weight"].item()
+    assert (weight == pytest.approx(largest)) == (largest < 1)
+    assert terms["adaptive_weight"].item() == pytest.approx(weight, rel=1e-4)
+    assert_same([terms["logvar"].exp() * g for g in optimal], fixed)
+
+
 def test_without_the_adaptive_weight_the_term_weighs_as_written(adversarial):
     run = adversarial({"adaptive": False})
     images = normalize(next(run.stream).images)

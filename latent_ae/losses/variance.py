@@ -12,10 +12,10 @@ __all__ = [
     "EXACT_WEIGHTS",
     "ROUNDING_ERRORS",
     "VARIANCES",
-    "implied_weight",
     "learned_logvar",
     "optimal_logvar",
     "scaled_distance",
+    "unit_of",
 ]
 
 # λ with which distance / exp(s) + s + λ·KL/N is the ELBO: exp(s) is the variance of a normal
@@ -80,13 +80,13 @@ def optimal_logvar(distance: Tensor) -> Tensor:
     return distance.log()
 
 
-def implied_weight(weight: float, logvar: Tensor) -> Tensor:
-    """The fixed λ under which reconstruction and KL would be balanced as now: λ·exp(s).
+def unit_of(logvar: Tensor) -> Tensor:
+    """What the distance is divided by: exp(s), without graph.
 
-    With an s a channel, λ over the mean of exp(−s): the distances then weigh 1 on average.
+    With an s a channel, one over the mean of exp(−s). λ times it is the fixed weight under which
+    reconstruction and KL would be balanced as now.
 
     Args:
-        weight: λ.
         logvar: s, scalar or of shape (C,).
     """
-    return weight / (-logvar.detach()).exp().mean()
+    return 1 / (-logvar.detach()).exp().mean()

@@ -62,11 +62,8 @@ def prepare(config: Config) -> Run:
     fixed = not any(p.requires_grad for p in objective.parameters())
     objective = accelerator.prepare_model(objective, evaluation_mode=fixed)
     learning = list(trained_parameters(network).values())
-    optimizer = _adam(
-        [*learning, *trained_parameters(objective).values()],
-        config.training,
-        config.training.betas,
-    )
+    trained = [*learning, *trained_parameters(objective).values()]
+    optimizer = _adam(trained, config.training, config.training.betas)
     discriminator_optimizer = None
     if adversary is not None and config.adversary is not None:
         adversary = accelerator.prepare_model(adversary)

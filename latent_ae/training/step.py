@@ -96,9 +96,16 @@ def _accumulate(run: Run, images: Tensor, draw: Draw | None = None) -> dict[str,
         reconstruction.target = lesson.pictures
     target = reconstruction.target
     terms: dict[str, Tensor] = {}
+    wish = None
     if rule is not None and rule.learns(run.step):
+<<<<<<< HEAD
         terms = _listen(run, target, reconstruction.images, weight)
+=======
+        terms, wish = _listen(run, images, reconstruction.images, weight)
+>>>>>>> work-var
     losses = run.objective(images, reconstruction, run.step)
+    if wish is not None:
+        _heed(run, reconstruction.images, weight, wish, losses.unit, terms)
     run.accelerator.backward(poison(losses.total))
     if run.share is not None:
         terms |= run.share.take()
@@ -131,21 +138,21 @@ def _lesson(run: Run, images: Tensor) -> Lesson | None:
         return run.teacher(images)
 
 
-def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> dict[str, Tensor]:
-    """The discriminator's turn: its own gradients, and what it asks of the reconstruction.
+def _listen(
+    run: Run, images: Tensor, reconstructed: Tensor, weight: float
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The discriminator's turn: its own gradients, its terms, and what it asks for.
 
-    Its wish ∂L_adv/∂x̂ waits at x̂ for the backward pass of the other losses: there it is added to
-    their gradient, weighted by how long the two are at the last layer, and both go back through the
-    autoencoder as one.
+    That is ∂L_adv/∂x̂, once it is heard.
     """
     assert run.adversary is not None
-    assert run.rule is not None
     fake = reconstructed.detach().requires_grad_(weight > 0)
     verdict = run.adversary(images, fake, run.step)
-    terms = verdict.terms
+    wish = None
     if weight > 0:
         # With respect to the picture alone: the discriminator learns nothing from this loss.
         (wish,) = torch.autograd.grad(verdict.autoencoder, fake, retain_graph=True)
+<<<<<<< HEAD
         config, elements = run.rule.config, images[0].numel()
         features = run.last_input.take() if config.adaptive else None
         scale = _gradient_scale(run)
@@ -161,10 +168,44 @@ def _listen(run: Run, images: Tensor, reconstructed: Tensor, weight: float) -> d
             return gradient + scale * share * wish
 
         reconstructed.register_hook(add)
+=======
+>>>>>>> work-var
     # Never scaled for fp16: this network runs in fp32 there.
     loss = poison(verdict.discriminator) / run.config.training.accumulation
     loss.backward(inputs=list(run.adversary.parameters()))  # the picture's gradient is no use
-    return terms
+    return verdict.terms, wish
+
+
+def _heed(
+    run: Run,
+    reconstructed: Tensor,
+    weight: float,
+    wish: Tensor,
+    unit: Tensor | float,
+    terms: dict[str, Tensor],
+) -> None:
+    """Lets the wish wait at x̂ for the backward pass of the other losses.
+
+    There it is added to their gradient, weighted by how long the two are at the last layer, and
+    both go back through the autoencoder as one. The adaptive weight is bounded and told for the
+    distance as it is, not divided by `unit`: a small variance must not bring it to its maximum.
+    """
+    assert run.rule is not None
+    config, elements = run.rule.config, reconstructed[0].numel()
+    features = run.last_input.take() if config.adaptive else None
+    scale = _gradient_scale(run)
+
+    def add(gradient: Tensor) -> Tensor:
+        share: Tensor | float = weight
+        if features is not None:
+            largest = config.adaptive_max / elements  # LDM's losses are sums over an image
+            own = gradient * (unit / scale)
+            adaptive = adaptive_weight(features, own, wish, run.last_input.kernel, largest)
+            terms["adaptive_weight"] = adaptive * elements
+            share = weight * adaptive / unit
+        return gradient + scale * share * wish
+
+    reconstructed.register_hook(add)
 
 
 def _gradient_scale(run: Run) -> Tensor | float:
