@@ -299,11 +299,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
         """Refuses arguments that are wrong whatever the picture; see `__call__`."""
-        channels = self.vae.config.get("in_channels", 3)
-        kinds = ("np", "pt", "latent") if channels > 4 else ("pil", "np", "pt", "latent")
-        _check(
-            output_type in kinds, f"output_type is one of {', '.join(kinds)} ({channels} channels)"
-        )
+        c = self.vae.config.get("in_channels", 3)
+        kinds = ("np", "pt", "latent") if c > 4 else ("pil", "np", "pt", "latent")
+        _check(output_type in kinds, f"output_type is one of {', '.join(kinds)} ({c} channels)")
         known = self._callback_tensor_inputs
         _check(set(callback_on_step_end_tensor_inputs) <= set(known), f"callbacks get only {known}")
         _check(num_inference_steps >= 1, "num_inference_steps must be at least 1")
