@@ -19,7 +19,6 @@ from denoiser_examples import order_of
 from denoiser_samples import decode, draw, noise_of
 from denoiser_trainer import Trainer
 from latent_ae.channels import has_colours
-from latent_ae.channels import has_colours
 from latent_ae.errors import UserError
 from latent_ae.evaluation import FEATURE_NETWORKS, FrechetDistance
 from latent_ae.latents import LatentDataset

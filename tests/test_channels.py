@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import photograph, tiny_content
 from datasets import Array2D, Array3D, Dataset, Features, Value, load_dataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from PIL import Image
 from skimage import data as photographs
 from skimage.metrics import structural_similarity
@@ -27,6 +27,7 @@ from latent_ae.config import (
     SourceConfig,
 )
 from latent_ae.config_file import dump_yaml, parse_config
+from latent_ae.conversion import convert
 from latent_ae.data import (
     Bands,
     CenterCrop,
@@ -51,6 +52,7 @@ from latent_ae.memory import training_memory
 from latent_ae.metrics import ReconstructionMetrics
 from latent_ae.pictures import error_map, save_sheet
 from latent_ae.run_folder import RunFolder
+from latent_diffusion import LatentDiffusionPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -519,3 +521,46 @@ def test_fine_tuning_takes_the_folders_channels(tmp_path, quiet):
     assert validation.keys() == {"step", "psnr", "ssim"}
     assert run.best("lpips") == run.latest()
     assert run.best_score("lpips") == validation["psnr"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_a_pipeline_gives_pictures_of_so_many_channels(channels):
+    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 8}
+    vae = build_network(NetworkConfig(**shape, in_channels=channels, layers_per_block=1))
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        add_attention=False,
+        **blocks,
+    )
+    pipe = LatentDiffusionPipeline(vae, unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    arrays = pipe(num_inference_steps=1, output_type="np").images
+    assert arrays.shape == (1, 16, 16, channels)
+    if channels > 4:
+        with pytest.raises(ValueError, match=r"one of np, pt, latent \(6 channels\)"):
+            pipe(num_inference_steps=1)
+        return
+    given = cut_out(size=(16, 16)) if channels == 4 else photograph("chelsea", 16).convert("L")
+    options = {} if channels == 2 else {"image": given, "strength": 0.5}
+    (picture,) = pipe(num_inference_steps=2, **options).images
+    assert picture.mode == {1: "L", 2: "LA", 4: "RGBA"}[channels]
+
+
+@pytest.mark.slow
+def test_other_layouts_take_any_channels(tmp_path):
+    shape = {"block_out_channels": (32, 64), "layers_per_block": 1, "in_channels": 4}
+    network = build_network(NetworkConfig(**shape, mid_block_add_attention=False))
+    network.save_pretrained(tmp_path / "ae")
+    convert(tmp_path / "ae", tmp_path / "ldm.safetensors", scaling_factor=1.0)
+    convert(tmp_path / "ldm.safetensors", tmp_path / "back", scaling_factor=1.0)
+    back = load_network(tmp_path / "back")
+    assert back.config["in_channels"] == back.config["out_channels"] == 4
+    images = normalize(to_tensor(cut_out(size=(32, 32)))[None])
+    with torch.no_grad():
+        assert torch.equal(reconstruct(back, images), reconstruct(network, images))
