@@ -18,6 +18,7 @@ from torch import Tensor
 from denoiser_examples import order_of
 from denoiser_samples import decode, draw, noise_of
 from denoiser_trainer import Trainer
+from latent_ae.channels import has_colours
 from latent_ae.errors import UserError
 from latent_ae.evaluation import FEATURE_NETWORKS, FrechetDistance
 from latent_ae.latents import LatentDataset
@@ -85,6 +86,12 @@ class Distance:
         return row
 
     def _require_large_enough(self) -> None:
+        channels = self.pipeline.vae.config.get("in_channels", 3)
+        if not has_colours(channels):
+            raise UserError(
+                f"the autoencoder's pictures have {channels} channels, and the features of "
+                f"{self.config.distance_features} are of 1, 3 or 4: take --distance-every 0"
+            )
         factor = self.pipeline.vae_scale_factor
         for height, width in ((factor * h, factor * w) for h, w in self.data.index.sizes):
             picture = torch.zeros(1, 3, height, width, dtype=torch.uint8)

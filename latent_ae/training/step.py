@@ -98,11 +98,7 @@ def _accumulate(run: Run, images: Tensor, draw: Draw | None = None) -> dict[str,
     terms: dict[str, Tensor] = {}
     wish = None
     if rule is not None and rule.learns(run.step):
-<<<<<<< HEAD
-        terms = _listen(run, target, reconstruction.images, weight)
-=======
-        terms, wish = _listen(run, images, reconstruction.images, weight)
->>>>>>> work-var
+        terms, wish = _listen(run, target, reconstruction.images, weight)
     losses = run.objective(images, reconstruction, run.step)
     if wish is not None:
         _heed(run, reconstruction.images, weight, wish, losses.unit, terms)
@@ -152,24 +148,6 @@ def _listen(
     if weight > 0:
         # With respect to the picture alone: the discriminator learns nothing from this loss.
         (wish,) = torch.autograd.grad(verdict.autoencoder, fake, retain_graph=True)
-<<<<<<< HEAD
-        config, elements = run.rule.config, images[0].numel()
-        features = run.last_input.take() if config.adaptive else None
-        scale = _gradient_scale(run)
-
-        def add(gradient: Tensor) -> Tensor:
-            share: Tensor | float = weight
-            if features is not None:
-                largest = config.adaptive_max / elements  # LDM's losses are sums over an image
-                own, other = map(run.last_input.gradient, (gradient / scale, wish))
-                adaptive = adaptive_weight(features, own, other, run.last_input.kernel, largest)
-                terms["adaptive_weight"] = adaptive * elements
-                share = weight * adaptive
-            return gradient + scale * share * wish
-
-        reconstructed.register_hook(add)
-=======
->>>>>>> work-var
     # Never scaled for fp16: this network runs in fp32 there.
     loss = poison(verdict.discriminator) / run.config.training.accumulation
     loss.backward(inputs=list(run.adversary.parameters()))  # the picture's gradient is no use
@@ -199,8 +177,8 @@ def _heed(
         share: Tensor | float = weight
         if features is not None:
             largest = config.adaptive_max / elements  # LDM's losses are sums over an image
-            own = gradient * (unit / scale)
-            adaptive = adaptive_weight(features, own, wish, run.last_input.kernel, largest)
+            own, other = map(run.last_input.gradient, (gradient * (unit / scale), wish))
+            adaptive = adaptive_weight(features, own, other, run.last_input.kernel, largest)
             terms["adaptive_weight"] = adaptive * elements
             share = weight * adaptive / unit
         return gradient + scale * share * wish
