@@ -1,7 +1,7 @@
 """Training on portraits and landscapes at three resolutions: what is cut, who waits, what repeats.
 
 A small autoencoder is trained with `data.buckets` on one process and on two (gloo), each run once
-without a stop and once killed and started again; and on two processes that draw their shapes each
+without a stop and once stopped and started again; and on two processes that draw their shapes each
 for itself, which is what agreeing on them saves.
 
     python benchmarks/mixed_resolution.py TRAIN_PHOTOS --sheet docs/mixed-resolution.jpg
@@ -15,10 +15,10 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,8 +57,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--runs", type=Path, default=Path("runs/mixed_resolution"))
     parser.add_argument("--sheet", type=Path, help="where the pictures of a batch of each shape go")
-    parser.add_argument("--worker", choices=["agreed", "apart"], help=argparse.SUPPRESS)
-    parser.add_argument("--dies", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args)
@@ -84,24 +83,50 @@ def config_of(args, output):
     return parse_config(CONFIG | {"data": data, "training": training, "output": str(output)})
 
 
+class Stopped(Exception):
+    """What ends a run in the middle, with steps that no checkpoint has."""
+
+
 def work(args):
-    """One process of a run: notes of each step its batch and its times."""
+    """One process: a run without a stop, one that is stopped and goes on, one of shapes apart."""
     from latent_ae.training import loop, run
 
-    rank = int(os.environ.get("RANK", "0"))
-    file = (args.runs / f"process-{rank}.jsonl").open("a", buffering=1)
-    original, stream, times = loop.update, run.TrainingStream, {}
+    own, stream = loop.update, run.TrainingStream
+    rank, world = (int(os.environ.get(name, "1")) for name in ("RANK", "WORLD_SIZE"))
+    rank = rank if world > 1 else 0
 
-    def update(state):
-        if state.step == args.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def train(name, dies=-1):
+        folder = args.runs / f"{name}-{world}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"process-{rank}.jsonl").open("a", buffering=1) as file:
+            loop.update = noted(own, file, dies)
+            with suppress(Stopped):
+                loop.train(config_of(args, folder / "run"), announce=False)
+
+    train("whole")
+    train("stopped", dies=round(DIES * args.steps))
+    train("stopped")
+    if world > 1:
+        run.TrainingStream = lambda config, *, seed, rank, **options: stream(
+            config, seed=seed + 1 + rank, rank=rank, **options
+        )
+        train("apart")
+
+
+def noted(update, file, dies):
+    """An update that notes its batch and its times."""
+    times = {}
+
+    def wrapped(state):
+        if state.step == dies:
+            raise Stopped
         if not times:  # the last gradient of the backward pass, before others are waited for
             first = state.network.encoder.conv_in.weight
             first.register_post_accumulate_grad_hook(
                 lambda _: times.update(ready=time.perf_counter())
             )
         times["began"] = time.perf_counter()
-        done = original(state)
+        done = update(state)
         (batch,) = done.batches
         words = "".join(sample.key for sample in batch.samples).encode()
         row = {
@@ -115,14 +140,7 @@ def work(args):
         file.write(json.dumps(row | times) + "\n")
         return done
 
-    loop.update = update
-    if args.worker == "apart":
-
-        def own(config, *, seed, rank, **options):
-            return stream(config, seed=seed + 1 + rank, rank=rank, **options)
-
-        run.TrainingStream = own
-    loop.train(config_of(args, args.runs / "run"), announce=False)
+    return wrapped
 
 
 def tell_shapes(config, sheet):
@@ -172,7 +190,7 @@ def tell_shapes(config, sheet):
         save_sheet(config, sheet)
 
 
-def save_sheet(config, path, most=6):
+def save_sheet(config, path, most=4):
     """A row for each shape, the first pictures of its first batch in it."""
     from latent_ae.data import TrainingStream
 
@@ -191,48 +209,45 @@ def save_sheet(config, path, most=6):
             page.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (left, top))
         top += images.shape[2] + gap
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, quality=88)
+    page.save(path, quality=80)
 
 
 def tell_runs(args):
     """Runs all of them; returns whether every batch came again after a restart."""
     print(
         "\n| processes | shapes | images/s | waits for data | waits for the other, mean | 95 % "
-        "| most | the same batches after a kill |\n|-|-|-|-|-|-|-|-|"
+        "| most | the same batches after a stop |\n|-|-|-|-|-|-|-|-|",
+        flush=True,
     )
     equal = True
     for processes in sorted({1, args.processes}):
-        whole = launch(args, "whole", processes, "agreed")
-        launch(args, "killed", processes, "agreed", dies=round(DIES * args.steps))
-        killed = launch(args, "killed", processes, "agreed")
-        same = [hashes(a) == hashes(b) for a, b in zip(whole, killed, strict=True)]
-        again = min(len(rows) for rows in killed) - args.steps
-        equal &= all(same) and again > 0
-        tell(
-            whole,
-            "agreed",
-            f"{'yes' if all(same) else 'NO'} ({args.steps} compared, {again} twice)",
-        )
+        launch(args, processes)
+        whole, stopped = notes(args, "whole", processes), notes(args, "stopped", processes)
+        same = all(hashes(a) == hashes(b) for a, b in zip(whole, stopped, strict=True))
+        again = min(len(rows) for rows in stopped) - args.steps
+        equal &= same and again > 0
+        tell(whole, "agreed", f"{'yes' if same else 'NO'} ({args.steps} compared, {again} twice)")
         if processes > 1:
-            tell(launch(args, "apart", processes, "apart"), "each its own", "")
+            tell(notes(args, "apart", processes), "each its own", "")
     return equal
 
 
-def launch(args, name, processes, way, dies=-1):
-    """Starts a run, or goes on with it; the rows of each process."""
-    folder = args.runs.resolve() / f"{name}-{processes}"
-    folder.mkdir(parents=True, exist_ok=True)
+def launch(args, processes):
     words = [sys.executable]
     if processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words += [__file__, str(args.train.resolve()), "--runs", str(folder), "--worker", way]
-    words += ["--steps", str(args.steps), "--dies", str(dies)]
+    words += [__file__, str(args.train.resolve()), "--runs", str(args.runs.resolve())]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(ROOT)
+    words += ["--steps", str(args.steps), "--worker"]
     result = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if (result.returncode == 0) == (dies >= 0):
+    if result.returncode:
         sys.exit(result.stderr[-4000:])
-    files = sorted(folder.glob("process-*.jsonl"))
+
+
+def notes(args, name, processes):
+    """The rows of each process."""
+    files = sorted((args.runs / f"{name}-{processes}").glob("process-*.jsonl"))
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 

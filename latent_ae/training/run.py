@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +63,6 @@ class Run:
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
-    def effective_batch(self) -> int:
-        """Pictures an update, over all processes and micro-steps; with buckets, at `resolution`."""
-        training, data = self.config.training, self.config.data
-        return data.batch_size * training.accumulation * self.accelerator.num_processes
-
-    @property
     def rate_factor(self) -> float:
         """What rollbacks have left of the learning rates."""
         return self.config.training.rollback_rate**self.rollbacks
@@ -113,8 +108,11 @@ class Run:
         same = progress.get("learning_rate", rate) == rate
         self.rollbacks = progress["rollbacks"] if same else 0
         self.guard.begin(progress.get("skipped", 0))
-        # The first one leaves in the cache what all have to know of the pictures.
-        with self.accelerator.local_main_process_first():
+        # The first one leaves the sizes of the pictures in the cache of its machine.
+        in_turn = (
+            self.accelerator.local_main_process_first if self.config.data.buckets else nullcontext
+        )
+        with in_turn():
             self.stream = TrainingStream(
                 self.config.data,
                 seed=self.config.training.seed,
