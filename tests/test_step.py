@@ -72,7 +72,7 @@ def test_gradients_are_the_textbooks(adversarial):
     assert terms["adaptive_weight"].item() == pytest.approx(adaptive.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("largest", [1e4, 1e-2])
+@pytest.mark.parametrize("largest", [1e8, 1e-2])
 def test_the_adversary_weighs_the_same_whatever_the_variance(adversarial, largest):
     """The optimal one's gradients are those of the fixed weight that it implies, over exp(s).
 
