@@ -474,7 +474,7 @@ class TestRefusals:
         change = "network.in_channels=6"
         told = self.train(capsys, monkeypatch, tmp_path, content, change)
         assert "losses.perceptual looks at pictures of 1, 3 or 4 channels" in told
-        assert "network.in_channels is 6; leave it out" in told
+        assert "have 6; leave it out" in told
 
     def test_perception_of_a_folders_six_bands(self, capsys, monkeypatch, tmp_path, photos):
         shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "in_channels": 6}
