@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_content
+from safetensors.torch import load_file
 from test_alignment import save_vision_model
 from test_processes import WEIGHTS, assert_same_weights, launch
 from test_training import rows, untimed
@@ -71,6 +72,20 @@ def test_two_processes_equal_one(build, alone, tmp_path, shard):
     for a, b in zip(rows(one, "train"), rows(config.output, "train"), strict=True):
         assert a["alignment_weight"] == pytest.approx(b["alignment_weight"], rel=1e-2)
         assert a["share_transformed"] == b["share_transformed"]
+
+
+def test_a_run_takes_them_up_when_it_is_resumed(build, quiet):
+    config = build("later")
+    none = {"equivariance": None, "alignment": None}
+    plain = config.model_copy(update={"losses": config.losses.model_copy(update=none)})
+    half = plain.training.model_copy(update={"steps": 2})
+    run = RunFolder(train(plain.model_copy(update={"training": half}), quiet))
+    train(config, quiet)
+    assert "alignment_weight" in rows(run.path, "train")[-1]
+    assert load_file(run.checkpoint(4) / "objective.safetensors")
+    more = plain.training.model_copy(update={"steps": 6})
+    train(plain.model_copy(update={"training": more}), quiet)
+    assert not load_file(run.checkpoint(6) / "objective.safetensors")  # and puts them down again
 
 
 def test_a_dry_run_with_both(build, quiet):

@@ -69,6 +69,7 @@ def like_parameters(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
             for name, value in entry.items()
         }
         for index, entry in state["state"].items()
+        if index < len(parameters)  # the objective's come last, and may have been put down
     }
     return {**state, "state": moments}
 
