@@ -50,16 +50,14 @@ def main(
     held_out: Path,
     steps: Annotated[int, typer.Option(help="Updates of each autoencoder.")] = 2000,
     runs: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/variance"),
-    only: Annotated[str, typer.Option(help="Train and measure this one, and stop.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="These alone; give it again.")] = None,
 ) -> None:
     """Trains, measures, tells."""
     rows = []
-    for name in [only] if only else VARIANTS:
+    for name in only or VARIANTS:
         run = runs / name.replace(" ", "-")
         train_autoencoder(run, photos, steps, [*VARIANTS[name], f"training.log_every={ROW}"])
         rows.append(measure(run, name, held_out))
-    if only:
-        return
     results = {"steps": steps, "made": provenance(), "rows": rows}
     (runs / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     tell(rows)

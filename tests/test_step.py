@@ -8,7 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_ae.data import normalize
-from latent_ae.training.prepare import prepare
+from latent_ae.training.run import prepare
 from latent_ae.training.step import _accumulate, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def test_gradients_are_the_textbooks(adversarial):
     assert terms["adaptive_weight"].item() == pytest.approx(adaptive.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("largest", [1e8, 1e-2])
+@pytest.mark.parametrize("largest", [1e12, 1.0])
 def test_the_adversary_weighs_the_same_whatever_the_variance(adversarial, largest):
     """The optimal one's gradients are those of the fixed weight that it implies, over exp(s).
 
@@ -93,7 +93,7 @@ def test_the_adversary_weighs_the_same_whatever_the_variance(adversarial, larges
     optimal, terms = gradients_and_terms(2.0, variance="optimal")
     fixed, plain = gradients_and_terms(terms["implied_weight"].item())
     weight = plain["adaptive_weight"].item()
-    assert (weight == pytest.approx(largest)) == (largest < 1)
+    assert (weight == pytest.approx(largest)) == (largest == 1.0)
     assert terms["adaptive_weight"].item() == pytest.approx(weight, rel=1e-4)
     assert_same([terms["logvar"].exp() * g for g in optimal], fixed)
 
