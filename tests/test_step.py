@@ -8,7 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_ae.data import normalize
-from latent_ae.training.run import prepare
+from latent_ae.training.prepare import prepare
 from latent_ae.training.step import _accumulate, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
