@@ -19,6 +19,7 @@ from latent_ae.networks import (
     image_channels,
     require_checkpointing,
     require_divisible,
+    require_statistics,
 )
 
 __all__ = ["describe"]
@@ -41,6 +42,7 @@ def describe(
     if network is None:
         with torch.device("cpu" if config.network.path else "meta"):
             network = build_network(config.network)
+    require_statistics(network, frozen=config.network.freeze == "encoder")
     require_divisible(config.data.resolution, network, "data.resolution")
     if config.data.buckets is not None:
         require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")

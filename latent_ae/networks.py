@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from torch import Tensor, nn
 
 from latent_ae.config import AnyNetwork, NetworkConfig
@@ -28,13 +28,14 @@ __all__ = [
     "network_like",
     "require_checkpointing",
     "require_divisible",
+    "require_statistics",
     "spec_named",
     "spec_of",
     "tidy_config",
     "untrained_network",
 ]
 
-Network: TypeAlias = AutoencoderKL | AutoencoderDC | AutoencoderTiny
+Network: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderDC | AutoencoderTiny
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class NetworkSpec:
         posterior: whether that are mean and log-variance, or latents alone.
         added: keys that its constructor writes into its config and does not take; diffusers warns
             of them wherever a config.json has them.
-        statistics: those of `latent-ae export` that its config can hold.
+        statistics: those of `latent-ae export` that its config can hold; without any, its latents
+            must not move.
         upcasts: whether its config can say `force_upcast`.
         checkpoints: whether it can compute activations again in the backward pass.
         encoder: the modules before the latents.
@@ -97,6 +99,12 @@ def _dc_at_last_layer(network: AutoencoderDC, gradient: Tensor) -> Tensor:
     return F.pixel_unshuffle(gradient, 2) if shuffled else gradient
 
 
+def _kl_blocks(network: AutoencoderKL | AutoencoderKLFlux2) -> list[nn.Module]:
+    encoder: Any = network.encoder
+    decoder: Any = network.decoder
+    return _present(*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks)
+
+
 def _tiny_blocks(network: AutoencoderTiny) -> list[nn.Module]:
     layers = [*network.encoder.layers, *network.decoder.layers]
     return [layer for layer in layers if hasattr(layer, "fuse")]  # AutoencoderTinyBlock
@@ -114,9 +122,22 @@ NETWORKS = {
         checkpoints=True,
         encoder=lambda n: _present(n.encoder, n.quant_conv),
         decoder=lambda n: _present(n.post_quant_conv, n.decoder),
-        blocks=lambda n: _present(
-            *n.encoder.down_blocks, n.encoder.mid_block, n.decoder.mid_block, *n.decoder.up_blocks
-        ),
+        blocks=_kl_blocks,
+        last_layer=lambda n: n.decoder.conv_out,
+        at_last_layer=lambda n, gradient: gradient,
+    ),
+    "flux2": NetworkSpec(  # loaded from a folder only
+        AutoencoderKLFlux2,
+        levels="block_out_channels",
+        encoded=lambda output: output.latent_dist.parameters,
+        posterior=True,
+        added=(),
+        statistics=(),  # they are a BatchNorm's over patches of 2 × 2 latents, which pipelines read
+        upcasts=False,
+        checkpoints=True,
+        encoder=lambda n: _present(n.encoder, n.quant_conv),
+        decoder=lambda n: _present(n.post_quant_conv, n.decoder),
+        blocks=_kl_blocks,
         last_layer=lambda n: n.decoder.conv_out,
         at_last_layer=lambda n, gradient: gradient,
     ),
@@ -270,6 +291,21 @@ def require_checkpointing(network: Network) -> None:
         raise UserError(
             f"training.gradient_checkpointing: diffusers' {spec.name} has none that can be used; "
             "leave it out"
+        )
+
+
+def require_statistics(network: Network, frozen: bool) -> None:
+    """Raises `UserError` where the latents may move and export could not say how to scale them.
+
+    Args:
+        network: that is to be trained.
+        frozen: whether its encoder is.
+    """
+    spec = spec_of(network)
+    if not spec.statistics and not frozen:
+        raise UserError(
+            f"diffusers' {spec.name} keeps its latents' statistics in a BatchNorm, which training "
+            "all of it would leave behind: set network.freeze=encoder to train its decoder"
         )
 
 

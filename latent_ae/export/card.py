@@ -18,6 +18,7 @@ __all__ = ["model_card", "protocol_of", "without_paths"]
 _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (AlexNet)"}
 _KINDS = {
     "AutoencoderKL": "A KL-VAE",
+    "AutoencoderKLFlux2": "A KL-VAE",
     "AutoencoderDC": "A deep-compression autoencoder",
     "AutoencoderTiny": "A tiny autoencoder",
 }

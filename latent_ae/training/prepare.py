@@ -21,7 +21,7 @@ from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.losses import Equivariance, GradientShare
-from latent_ae.networks import Network, require_checkpointing
+from latent_ae.networks import Network, require_checkpointing, require_statistics
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.guard import Guard
@@ -171,6 +171,7 @@ def _check(config: Config, network: Network, teacher: Teacher | None) -> None:
         teacher.require_same_shape(network)
     if config.training.gradient_checkpointing:
         require_checkpointing(network)
+    require_statistics(network, frozen=config.network.freeze == "encoder")
     require_divisible(config.data.resolution, network, "data.resolution")
     if config.data.buckets is not None:
         require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
