@@ -287,6 +287,7 @@ def test_another_teacher_in_the_same_run_is_refused(teacher, distilled, tmp_path
         export_run(f"{distilled}-run", tmp_path / "out", statistics="shift")
 
 
+@pytest.mark.slow
 def test_the_verb_trains_and_exports(teacher, photos, tmp_path, monkeypatch, capsys):
     out = tmp_path / "tiny"
     arguments = ["distill", teacher, photos, out, *STUDENT, "training.steps=2"]
