@@ -19,7 +19,7 @@ __all__ = ["Alignment", "GradientShare", "cosine_excess", "distance_excess"]
 def cosine_excess(latents: Tensor, features: Tensor, margin: float) -> Tensor:
     """The marginal cosine loss: mean ReLU(1 − m₁ − cos(z'ᵢ, fᵢ)) over places and images.
 
-    Yao et al. 2025, "Reconstruction vs. Generation", eq. 4.
+    Yao et al. 2025, "Reconstruction vs. Generation", the marginal cosine similarity loss.
 
     Args:
         latents: projected, of shape (B, N, D).
@@ -32,8 +32,8 @@ def cosine_excess(latents: Tensor, features: Tensor, margin: float) -> Tensor:
 def distance_excess(latents: Tensor, features: Tensor, margin: float) -> Tensor:
     """The marginal distance-matrix loss: mean ReLU(|cos(zᵢ, zⱼ) − cos(fᵢ, fⱼ)| − m₂).
 
-    The pairs are all those of one image (Yao et al. 2025, eq. 5). It holds a few matrices of N × N
-    numbers an image.
+    The pairs are all those of one image (Yao et al. 2025, the marginal distance matrix similarity
+    loss). It holds a few matrices of N × N numbers an image.
 
     Args:
         latents: not projected, of shape (B, N, c).
