@@ -15,7 +15,7 @@ from latent_ae.config_file import load_config
 from latent_ae.data import source_of
 from latent_ae.export import export_run
 from latent_ae.folders import require_free
-from latent_ae.networks import downsampling, untrained_network
+from latent_ae.networks import downsampling, image_channels, untrained_network
 from latent_ae.run_folder import RunFolder
 from latent_ae.training import train
 
@@ -53,6 +53,7 @@ def distillation_config(
         network = untrained_network(teacher)
     levels = downsampling(network).bit_length()
     values = {
+        "network.in_channels": image_channels(network),
         "network.latent_channels": network.config["latent_channels"],
         "network.encoder_block_out_channels": [_WIDTH] * levels,
         "network.decoder_block_out_channels": [_WIDTH] * levels,

@@ -10,7 +10,7 @@ import stock_pipelines
 import torch
 import torch.nn.functional as F
 from conftest import NAMES, photograph_tensor, tiny_content
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from safetensors.torch import load_file
 
 from latent_ae import Autoencoder, UserError, cli, distill, export_run, train
@@ -28,6 +28,7 @@ from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.teacher import Teacher
 
+LEVELS = {"down": "Encoder", "up": "Decoder"}
 STUDENT = [
     "network.encoder_block_out_channels=[16, 16]",
     "network.decoder_block_out_channels=[16, 16]",
@@ -265,8 +266,13 @@ def test_what_cannot_be_distilled_is_one_sentence(teacher, photos, tmp_path, qui
         *(f"network.{k}_block_out_channels=[16, 16, 16]" for k in ("encoder", "decoder")),
         *(f"network.num_{k}_blocks=[1, 1, 1]" for k in ("encoder", "decoder")),
     ]
-    with pytest.raises(UserError, match="are f2 with 4 channels, those of the network f4 with 4"):
+    with pytest.raises(UserError, match=r"are f2 with 4 .* 3, those of the network f4 with 4"):
         distill(teacher, photos, tmp_path / "out", deeper, console=quiet)
+    shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    levels = {f"{k}_block_types": (f"{k.title()}{c}Block2D",) * 2 for k, c in LEVELS.items()}
+    AutoencoderKLFlux2(latent_channels=4, **shape, **levels).save_pretrained(tmp_path / "flux2")
+    with pytest.raises(UserError, match="whose latents pipelines scale by a BatchNorm"):
+        distill(tmp_path / "flux2", photos, tmp_path / "out", STUDENT, console=quiet)
     plain = tiny_content(photos, tmp_path / "kl")
     with pytest.raises(UserError, match="distillation is for networks without a posterior"):
         parse_config({**plain, "distillation": {"teacher": str(teacher)}})
@@ -297,3 +303,21 @@ def test_the_verb_trains_and_exports(teacher, photos, tmp_path, monkeypatch, cap
     assert end.value.code == 0
     assert f"AutoencoderTiny.from_pretrained('{out}')" in capsys.readouterr().err.replace("\n", "")
     assert AutoencoderTiny.from_pretrained(out).config["latent_channels"] == 4
+
+
+def test_a_teacher_of_grey_pictures_has_a_grey_student(photos, tmp_path, quiet):
+    network = build_network(
+        NetworkConfig(
+            in_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4
+        )
+    )
+    network.save_pretrained(tmp_path / "teacher")
+    out = distill(
+        tmp_path / "teacher",
+        photos,
+        tmp_path / "out",
+        [*STUDENT, "training.steps=1"],
+        console=quiet,
+    )
+    student = AutoencoderTiny.from_pretrained(out)
+    assert student.decode(torch.zeros(1, 4, 4, 4)).sample.shape == (1, 1, 8, 8)
