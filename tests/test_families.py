@@ -63,8 +63,15 @@ def content(photos, output, kind, **sections):
     return plain
 
 
+FLUX2_BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
+
+
 def network_of(kind, **changes):
     torch.manual_seed(0)
+    if kind == "flux2":  # which no config builds
+        levels = {f"{k}_block_types": (v,) * 2 for k, v in FLUX2_BLOCKS.items()}
+        shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+        return diffusers.AutoencoderKLFlux2(**shape, **levels, **changes).eval()
     section = {"kl": NetworkConfig, "dc": DCNetworkConfig, "tiny": TinyNetworkConfig}[kind]
     return build_network(section(**NETWORK[kind] | changes)).eval()
 
@@ -406,7 +413,9 @@ def test_a_network_of_a_folders_shape_needs_no_weights(folders, tmp_path):
     with pytest.raises(UserError, match="no exported autoencoder"):
         untrained_network(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
-    with pytest.raises(UserError, match="holds a VQModel, not one of AutoencoderKL, AutoencoderDC"):
+    with pytest.raises(
+        UserError, match="holds a VQModel, not one of AutoencoderKL, AutoencoderKLF"
+    ):
         load_network(tmp_path)
 
 
