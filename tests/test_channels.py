@@ -557,8 +557,8 @@ def test_other_layouts_take_any_channels(tmp_path):
     shape = {"block_out_channels": (32, 64), "layers_per_block": 1, "in_channels": 4}
     network = build_network(NetworkConfig(**shape, mid_block_add_attention=False))
     network.save_pretrained(tmp_path / "ae")
-    convert(tmp_path / "ae", tmp_path / "ldm.safetensors", scaling_factor=1.0)
-    convert(tmp_path / "ldm.safetensors", tmp_path / "back", scaling_factor=1.0)
+    convert(tmp_path / "ae", tmp_path / "ldm.safetensors")
+    convert(tmp_path / "ldm.safetensors", tmp_path / "back")
     back = load_network(tmp_path / "back")
     assert back.config["in_channels"] == back.config["out_channels"] == 4
     images = normalize(to_tensor(cut_out(size=(32, 32)))[None])
