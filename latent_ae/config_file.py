@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from latent_ae.config import PROTOCOLS, Config, Protocol, Section
 from latent_ae.errors import UserError
@@ -111,11 +111,24 @@ def _parse(kind: type[AnySection], content: dict[str, Any], where: str) -> AnySe
 
 def plain(config: Section) -> dict[str, Any]:
     """The resolved config as plain values, which `parse_config` reads back to an equal one."""
-    content = config.model_dump(mode="json", exclude_none=True)
+    content = _stated(config, config.model_dump(mode="json"))
     network = content.get("network", {})
     if network.get("path"):  # the folder's own config holds the other keys
         content["network"] = {key: network[key] for key in ("path", "freeze")}
     return content
+
+
+def _stated(section: BaseModel, content: dict[str, Any]) -> dict[str, Any]:
+    """Without what is None and would be None unsaid."""
+    kept = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value is None and field.default is None:
+            continue
+        kept[name] = (
+            _stated(value, content[name]) if isinstance(value, BaseModel) else content[name]
+        )
+    return kept
 
 
 def dump_yaml(config: Section) -> str:

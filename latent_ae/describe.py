@@ -8,19 +8,11 @@ from itertools import groupby
 import torch
 
 from latent_ae.adversary import shape_of_discriminator
-from latent_ae.autoencoder import require_bottleneck
 from latent_ae.config import Config, DataConfig, LossesConfig, largest_cut
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
-from latent_ae.networks import (
-    Network,
-    build_network,
-    downsampling,
-    image_channels,
-    require_checkpointing,
-    require_divisible,
-    require_statistics,
-)
+from latent_ae.networks import Network, build_network, downsampling, image_channels
+from latent_ae.refusals import refuse_misfit
 
 __all__ = ["describe"]
 
@@ -42,13 +34,7 @@ def describe(
     if network is None:
         with torch.device("cpu" if config.network.path else "meta"):
             network = build_network(config.network)
-    require_statistics(network, frozen=config.network.freeze == "encoder")
-    require_divisible(config.data.resolution, network, "data.resolution")
-    if config.data.buckets is not None:
-        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
-    require_bottleneck(config.bottleneck.kind, network, config.network.path)
-    if config.training.gradient_checkpointing:
-        require_checkpointing(network)
+    refuse_misfit(config, network)
     factor, side = downsampling(network), config.data.resolution
     pixels = image_channels(network) * side * side
     channels = network.config["latent_channels"]
@@ -92,9 +78,11 @@ def _buckets(data: DataConfig) -> str:
         sides = ", ".join(f"{bucket.width} × {bucket.height}" for bucket in found)
         share = data.resolutions.count(resolution) / len(data.resolutions)
         lost = largest_cut([(b.height, b.width) for b in found], data.buckets.max_aspect)
+        lost = 1 - (1 - lost) / data.room**2
         lines.append(
             f"{found[0].batch_size} a process at {resolution}² ({share:.0%} of the pictures): "
-            f"{sides}, which cut away up to {lost:.0%} of a picture"
+            f"{sides}, which cut away up to {lost:.0%} of a picture that is "
+            f"no longer than {data.buckets.max_aspect:g} to 1"
         )
     return "; ".join(lines)
 

@@ -113,6 +113,7 @@ def distill(
     folder = RunFolder(train(config, console))
     if not PartialState().is_main_process:
         return None
-    if folder.progress(folder.latest())["step"] < config.training.steps:
+    kept = folder.all_checkpoints()
+    if not kept or folder.progress(kept[-1])["step"] < config.training.steps:
         return None
     return export_run(folder.path, out, license_name=license_name)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from latent_ae.autoencoder import encoder_side
 from latent_ae.errors import UserError
@@ -47,9 +48,11 @@ def latents_of(network: Network, base: str | Path) -> list[str]:
         known = readable_latents(base)
     except UserError:
         return []
-    pairs = zip(encoder_side(network), encoder_side(before), strict=True)
-    for now, then in pairs:
-        states = now.state_dict(), then.state_dict()
-        if not all(torch.equal(states[0][name].cpu(), states[1][name]) for name in states[1]):
-            return []
-    return sorted(known)
+    now, then = _encoder_weights(network), _encoder_weights(before)
+    same = type(network) is type(before) and now.keys() == then.keys()
+    return sorted(known) if same and all(torch.equal(now[k], then[k]) for k in now) else []
+
+
+def _encoder_weights(network: Network) -> dict[tuple[int, str], Tensor]:
+    parts = enumerate(encoder_side(network))
+    return {(n, k): v.cpu() for n, part in parts for k, v in part.state_dict().items()}

@@ -59,9 +59,11 @@ def training_memory(config: Config, network: Network, processes: int = 1) -> Tra
             untrained=True,
         )
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}), channels)
-        shape = config.data.largest_shape()
-        images = torch.empty(shape.batch_size, channels, shape.height, shape.width)
-        saved = count_saved_bytes(model, objective, judge or None, images, config)
+        saved = 0
+        for shape in config.data.largest_shapes():
+            images = torch.empty(shape.batch_size, channels, shape.height, shape.width)
+            count = count_saved_bytes(model, objective, judge or None, images, config)
+            saved = max(saved, count)
     share = processes if config.training.shard else 1
     weights, trained = _bytes(model) // share, _bytes(model, trained=True) // share
     memory = TrainingMemory(

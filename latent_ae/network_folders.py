@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def folder_config(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         pipeline = (Path(folder) / "model_index.json").is_file()
         hint = f"; try {Path(folder) / 'vae'}" if pipeline else ""
+        if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            hint = (
+                f"; a model of the hub is fetched by: hf download {folder} --local-dir models/vae"
+            )
         raise UserError(f"{folder} is no exported autoencoder: it has no config.json{hint}")
     try:
         config = json.loads(file.read_text())

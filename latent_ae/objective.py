@@ -105,7 +105,7 @@ class Objective(nn.Module):
         unit: Tensor | float = 1.0
         if self.variance != "fixed":
             total, unit = self._calibrated(total + self.rounding, terms)
-            if self.weight:
+            if self.weight and "kl" in reconstruction.code.loss_terms:
                 terms["implied_weight"] = self.bottleneck_weight(step) * unit
         elements = images[0].numel()
         for name, term in reconstruction.code.loss_terms.items():

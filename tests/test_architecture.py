@@ -31,6 +31,7 @@ FLOORS = {
     "run_folder": 4,
     "frozen": 4,
     "memory": 4,
+    "refusals": 4,
     "lineage": 4,
     "processes": 4,
     "describe": 5,

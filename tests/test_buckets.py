@@ -324,7 +324,7 @@ def test_the_table_shows_shapes_and_batches_and_the_memory_of_the_largest(tiny, 
     assert "7 a process at 48² (33% of the pictures): 32 × 64, 48 × 48, 64 × 32" in facts["buckets"]
     assert facts["effective batch"].startswith("8 at 64² = 4 a process")
     assert facts["training"] == "4 steps, about 33 images"  # 8 · 3 / (1/7 + 1/4 + 1/3)
-    assert config.data.largest_shape()[:3] == (80, 80, 80)
+    assert config.data.largest_shapes()[0][:3] == (80, 80, 80)
     square = {"resolution": 80, "resize": 80, "batch_size": 3, "buckets": None}
     wanted = training_memory(bucketed(tiny, shaped, data=square), network)
     assert training_memory(config, network) == wanted
@@ -431,3 +431,36 @@ def test_two_processes_train_as_one(tiny, shaped, quiet, tmp_path):
         two.model_dump() | {"training": two.training.model_dump() | {"steps": 6}}
     )
     assert RunFolder(train(content, quiet)).latest().name == "step-000000006"
+
+
+def test_a_second_restart_after_a_change_of_processes_repeats_nothing():
+    """A run of four processes goes on with one, which is stopped and started again."""
+    sizes = np.random.default_rng(0).integers(200, 900, (600, 2))
+    config = DataConfig(
+        path="x", resolution=64, batch_size=6, buckets={"resolutions": [64, 96, 128]}
+    )
+    four, one = (BucketPlan(config, sizes, 0, world) for world in (4, 1))
+    ends = np.cumsum([len(batch) for batch in islice(four.batches(), 40)])
+    beside = 0
+    for start in map(int, ends):
+        first = one.begins(start)
+        beside += first > start
+        whole = list(islice(one.batches(start), 12))
+        for taken in (1, 5, 11):
+            seen = first + sum(map(len, whole[:taken]))
+            again = list(islice(one.batches(one.begins(seen)), 12 - taken))
+            assert again == whole[taken:]
+    assert beside  # or nothing was asked
+
+
+def test_the_first_batches_are_the_largest_of_each_resolution():
+    sizes = np.random.default_rng(0).integers(200, 900, (600, 2))
+    config = DataConfig(
+        path="x", resolution=64, batch_size=6, buckets={"resolutions": [64, 96, 128]}
+    )
+    plan = BucketPlan(config, sizes, 0, 1)
+    first = [plan.buckets[batch[0].bucket] for batch in islice(plan.batches(), 3)]
+    assert {bucket.resolution for bucket in first} == {64, 96, 128}
+    for found in first:
+        same = [b for b in plan.buckets if b.resolution == found.resolution]
+        assert found.pixels == max(b.pixels for b in same)

@@ -5,7 +5,7 @@ import pytest
 
 from latent_ae import UserError
 from latent_ae.config import Config
-from latent_ae.config_file import dump_yaml, load_config
+from latent_ae.config_file import dump_yaml, load_config, parse_config, plain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "data: {path: somewhere}\noutput: runs/x\n"
@@ -116,3 +116,10 @@ def test_every_recipe_loads_and_says_how_to_run_it(path):
     assert "schema.json" in head
     for word in ("command:", "hardware:", "expect:", "source:"):
         assert word in head.lower(), f"the head of {path.name} lacks {word!r}"
+
+
+def test_none_is_kept_where_it_is_not_what_is_unsaid():
+    content = {"data": {"path": "x"}, "output": "y", "losses": {"equivariance": {"scales": None}}}
+    config = parse_config(content)
+    assert config.losses.equivariance.scales is None
+    assert parse_config(plain(config)) == config

@@ -90,11 +90,10 @@ def test_a_draw_is_a_function_of_seed_step_and_micro_step():
 
 def test_scales_leave_what_the_losses_need():
     rule = Equivariance(EquivarianceConfig(probability=1), 0, factor=4, smallest=34)
-    sides = {rule.draw(step, 0, (64, 32)).sides for step in range(200)}
-    assert {height for height, _ in sides} == set(range(9, 16))  # 36 pixels and more
-    assert {width for _, width in sides} == {8}  # too narrow to be scaled
+    sides = {rule.draw(step, 0, (64, 128)).sides for step in range(200)}
+    assert sides == {(n, 2 * n) for n in range(9, 16)}  # 36 pixels and more
     rule.require_room(64)
-    with pytest.raises(UserError, match=r"data\.resolution 32 is too small for losses\.equi"):
+    with pytest.raises(UserError, match=r"a side of 32 are too small for losses\.equi.*raise data"):
         rule.require_room(32)
 
 
@@ -176,3 +175,20 @@ def test_steps_of_each_kind_have_means_of_their_own(run):
     assert "kl_transformed" not in terms  # it is the whole picture's
     assert {"l1", "kl", "total", "d_accuracy", "adaptive_weight"} <= terms.keys()
     assert all(value.isfinite() for value in terms.values())
+
+
+@pytest.mark.parametrize("pictures", [(64, 128), (160, 96), (320, 192), (64, 64)])
+def test_a_scale_keeps_the_aspect(pictures):
+    """Also where one side is held by what the losses need."""
+    equivariance = Equivariance(EquivarianceConfig(), 0, 8, 32)
+    height, width = (side // 8 for side in pictures)
+    kinds = set()
+    for step in range(300):
+        draw = equivariance.draw(step, 0, pictures)
+        kinds.add(draw.kind)
+        short, long = sorted(draw.sides)
+        wanted = short * max(height, width) / min(height, width)
+        assert abs(long - wanted) <= 0.5 + 1e-9
+        assert (draw.sides[0] <= draw.sides[1]) == (height <= width) or height == width
+        assert short >= 4
+    assert kinds == {"plain", "small", "transformed"}

@@ -7,18 +7,18 @@ import diffusers
 import pytest
 import torch
 from conftest import photograph_tensor
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from safetensors.torch import load_file
 from test_processes import assert_same_weights, launch
 
 from latent_ae import UserError, export_run, train
-from latent_ae.autoencoder import Autoencoder, load_network, weights_sha256
+from latent_ae.autoencoder import Autoencoder, build_network, load_network, weights_sha256
 from latent_ae.cli import main
 from latent_ae.config import NetworkConfig
 from latent_ae.config_file import dump_yaml
 from latent_ae.describe import describe
 from latent_ae.latents import decode, encode
-from latent_ae.lineage import readable_latents
+from latent_ae.lineage import latents_of, readable_latents
 from latent_ae.memory import training_memory
 from latent_ae.run_folder import RunFolder
 
@@ -34,6 +34,7 @@ CLASSES = {"flux2": AutoencoderKLFlux2}  # which scales by a BatchNorm
 WITHOUT_QUANT_CONVS = {"use_quant_conv": False, "use_post_quant_conv": False}
 for name in ("sd3", "flux"):
     SHAPES[name] |= WITHOUT_QUANT_CONVS
+SMALL = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -154,15 +155,36 @@ def test_latents_of_the_base_are_decoded_by_its_new_decoder(base, tuning, quiet,
         decode(tmp_path / "latents", tmp_path / "more", model=other)
 
 
-def test_a_base_that_has_changed_vouches_for_nothing(base, tuning, quiet, tmp_path):
-    folder = base("sd15")
-    run = train(tuning(folder, training={"steps": 1}), quiet)
+def _moved(folder):
     network = load_network(folder)
     with torch.no_grad():
         network.encoder.conv_in.bias += 1
-    network.save_pretrained(folder)
-    out = export_run(run, tmp_path / "out", images=4)
-    assert json.loads((out / "latent_ae.json").read_text())["latents_of"] == []
+    return network
+
+
+REPLACED = {
+    "weights": _moved,
+    "no quant convs": lambda folder: build_network(NetworkConfig(**SMALL, use_quant_conv=False)),
+    "deeper": lambda folder: build_network(NetworkConfig(**SMALL | {"layers_per_block": 2})),
+    "another class": lambda folder: AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", REPLACED)
+def test_a_base_that_has_changed_vouches_for_nothing(base, change):
+    folder = base("sd15")
+    network = load_network(folder)
+    assert latents_of(network, folder) == [weights_sha256(folder)]
+    replacement = REPLACED[change](folder)
+    shutil.rmtree(folder)
+    assert latents_of(network, folder) == []
+    replacement.save_pretrained(folder)
+    assert latents_of(network, folder) == []
 
 
 def test_a_resumed_fine_tuning_ends_bit_equal(base, tuning, quiet):

@@ -126,9 +126,12 @@ class DataConfig(SourceConfig):
         """Of all shapes, in pixels."""
         return min(min(bucket.height, bucket.width) for bucket in self.shapes())
 
-    def largest_shape(self) -> Bucket:
-        """The one whose batch has the most pixels."""
-        return max(self.shapes(), key=lambda bucket: bucket.pixels)
+    def largest_shapes(self) -> list[Bucket]:
+        """Of each resolution the one whose batch has the most pixels."""
+        largest: dict[int, Bucket] = {}
+        for bucket in sorted(self.shapes(), key=lambda bucket: -bucket.pixels):
+            largest.setdefault(bucket.resolution, bucket)
+        return list(largest.values())
 
     def squares(self, count: int) -> DataConfig:
         """The same pictures as batches of `count` squares, as large as in the buckets."""

@@ -34,7 +34,8 @@ class _NewNetwork(Section):
             and (value.get("path") is not None)
         ):
             raise ValueError(
-                f"with `path` the network is that of the folder; remove {', '.join(others)}"
+                f"with `path` the network is that of the folder; remove {', '.join(others)} (on "
+                "the command line: network='{path: FOLDER}')"
             )
         return value
 

@@ -49,6 +49,10 @@ class EquivarianceConfig(Section):
     def _does_something(self) -> EquivarianceConfig:
         if self.scales is None and not self.rotate:
             raise ValueError("with `scales` null and `rotate` false there is no transform")
+        if self.scales == (1, 1) and not self.rotate:
+            raise ValueError("with `scales` of 1 and `rotate` false there is no transform")
+        if not self.probability and not self.low_resolution:
+            raise ValueError("with both shares 0 there is no transform: leave equivariance out")
         if self.scales is not None and not self.scales[0] <= self.scales[1] <= 1:
             raise ValueError("the two scales must satisfy smallest <= largest <= 1")
         return self

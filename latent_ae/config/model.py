@@ -64,7 +64,9 @@ class NetworkConfig(Section):
         others = self.model_fields_set - {"path", "freeze"}
         if self.path is not None and others:
             raise ValueError(
-                f"with `path` the network is that of the folder; remove {', '.join(sorted(others))}"
+                "with `path` the network is that of the folder; remove "
+                + ", ".join(sorted(others))
+                + " (on the command line: network='{path: FOLDER}')"
             )
         if self.path is None and self.freeze != "nothing":
             raise ValueError(

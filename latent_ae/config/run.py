@@ -72,6 +72,11 @@ class Config(AutoencoderConfig):
                 "distillation takes the teacher's latents as they are: leave losses.equivariance "
                 "and losses.alignment out"
             )
+        if self.distillation and self.network.freeze == "encoder":
+            raise ValueError(
+                "distillation teaches the encoder, which network.freeze: encoder leaves as it is: "
+                "leave one of them out"
+            )
         if self.distillation and self.bottleneck.kind != "none":
             raise ValueError(
                 "distillation is for networks without a posterior, whose bottleneck.kind is none, "

@@ -9,6 +9,7 @@ how many pictures have been before an epoch is a sum: a run resumes from one int
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -100,6 +101,23 @@ class BucketPlan:
                 seen += int(self._global[bucket])
             epoch += 1
 
+    def begins(self, start: int) -> int:
+        """The number of the first picture that `batches(start)` gives: `start`, or after it."""
+        epoch = self._epoch_at(start)
+        seen = self._seen_before(epoch)
+        while True:
+            for bucket, _ in self._schedule(epoch):
+                if seen >= start:
+                    return seen
+                seen += int(self._global[bucket])
+            epoch += 1
+
+    @property
+    def fingerprint(self) -> int:
+        """Of the pictures' buckets: what all processes must agree on; 63 bits."""
+        digest = hashlib.sha256(self._assigned.tobytes() + self._readable.tobytes()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
     def stand_ins(self, ticket: Ticket) -> Iterator[int]:
         """Pictures for the place of one that cannot be read: of its bucket first, then any."""
         own = self.bucket_of(ticket.epoch) == ticket.bucket
@@ -138,10 +156,13 @@ class BucketPlan:
         found = [(b, k) for b in range(len(first)) for k in range(int(first[b]), int(end[b]))]
         places = np.random.default_rng([self.seed, epoch, 1]).permutation(len(found)).tolist()
         if self._seen_before(epoch) == 0 and found:
-            # What does not fit in memory shall fail in the first step, not after an hour.
-            largest = max(places, key=lambda place: self.buckets[found[place][0]].pixels)
-            places.remove(largest)
-            places.insert(0, largest)
+            # What does not fit in memory shall fail in the first steps, not after an hour. What
+            # grows faster than the pixels is largest at the largest resolution.
+            first_of: dict[int, int] = {}
+            for place in sorted(places, key=lambda p: -self.buckets[found[p][0]].pixels):
+                first_of.setdefault(self.buckets[found[place][0]].resolution, place)
+            ahead = list(first_of.values())
+            places = ahead + [place for place in places if place not in ahead]
         return [found[place] for place in places]
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

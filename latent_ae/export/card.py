@@ -158,7 +158,7 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         trained, latents = record["config"], record["latents"]
         data = trained["data"]
         rows = {
-            "data": f"{data['path']} ({data['source']}), {data['resolution']}² crops",
+            "data": f"{data['path']} ({data['source']}), {_crops(data)}",
             "training": f"{record['trained']['steps']} steps, {record['trained']['images']} images",
             "objective": _objective_in_words(trained),
             "scaling_factor": f"{scale}, {_measured(record)}",
@@ -174,6 +174,13 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             numbers = value if isinstance(value, list) else [value]
             rows[key] = ", ".join(f"{number:.4f}" for number in numbers)
     return "\n".join(["| | |", "|-|-|", *(f"| {key} | {told} |" for key, told in rows.items())])
+
+
+def _crops(data: Mapping[str, Any]) -> str:
+    if buckets := data.get("buckets"):
+        sides = sorted(set(buckets["resolutions"] or [data["resolution"]]))
+        return f"shapes of about {', '.join(f'{side}²' for side in sides)} pixels"
+    return f"{data['resolution']}² crops"
 
 
 def _measured(record: Mapping[str, Any]) -> str:
@@ -242,8 +249,17 @@ def _objective_in_words(config: Mapping[str, Any]) -> str:
     losses, text = config["losses"], config["losses"]["pixel"].upper()
     if "perceptual" in losses:
         text += f" + {losses['perceptual']['weight']:g} LPIPS-{losses['perceptual']['net']}"
-    if "weight" in config["bottleneck"]:
-        text += f" + {config['bottleneck']['weight']:g} KL"
+    if (variance := losses.get("variance", "fixed")) != "fixed":
+        text = f"{text}, over a variance that is {variance.replace('_', ' ')},"
+    frozen = config["network"].get("freeze") == "encoder"
+    if (weight := config["bottleneck"].get("weight")) and not frozen:
+        text += f" + {weight:g} KL"
+    if alignment := losses.get("alignment"):
+        text += f" + {alignment['weight']:g} alignment with {_last(alignment['model'])} (VA-VAE)"
+    if "equivariance" in losses:
+        text += ", also of latents scaled and turned with the picture (EQ-VAE)"
+    if frozen:
+        text += ", the encoder frozen"
     if "distillation" in config:
         text += " + squared distance of the latents from the teacher's"
     if adversary := config.get("adversary"):
@@ -272,6 +288,8 @@ def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
         return shortened[value]
 
     result = {**record, "config": cleaned(config)} if config else dict(record)
+    if teacher := record.get("teacher"):
+        result["teacher"] = {**teacher, "path": _last(teacher["path"])}
     protocol = record.get("metric_protocol")
     for long in sorted(shortened, key=len, reverse=True):
         protocol = protocol and protocol.replace(long, shortened[long])

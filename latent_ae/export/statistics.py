@@ -40,7 +40,8 @@ def measure_latents(
         The statistics, and one batch of the crops, of shape (B, C, H, W), in [-1, 1].
     """
     batch = min(data.batch_size, images)
-    data = data.model_copy(update={"workers": 0, "batch_size": batch})
+    # Squares also where there are buckets: the first batches would be of a few shapes.
+    data = data.squares(batch).model_copy(update={"workers": 0})
     stream = TrainingStream(data, channels=image_channels(network))
     measured, sample = LatentStatistics(), torch.empty(0)
     while measured.images < images:

@@ -56,6 +56,7 @@ def save_weights(
         UserError: a weight is beyond fp16's largest number.
     """
     network.save_pretrained(folder, max_shard_size=max_shard_size)
+    tidy_config(network, folder)  # before diffusers reads it, and warns
     _require_same(network, _load(folder, network), images)
     for variant in dict.fromkeys(variants):
         # Not `network.to`: diffusers' own warns there of layers to keep, of which there are none.
@@ -64,8 +65,8 @@ def save_weights(
         if not all(torch.isfinite(parameter).all() for parameter in rounded.parameters()):
             raise UserError(f"a weight is too large for {variant}: leave that variant out")
         rounded.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        tidy_config(network, folder)
         _require_same_weights(rounded, _load(folder, rounded, variant))
-    tidy_config(network, folder)
 
 
 def _load(folder: Path, like: Network, variant: str | None = None) -> Network:

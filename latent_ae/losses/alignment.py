@@ -121,7 +121,7 @@ class GradientShare:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(squares)
         rec, align = squares.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        self.ratio = rec / align
+        self.ratio = torch.where(squares[1] > 0, rec / align, 0)  # all margins may be met
         # In this order neither factor overflows where the alignment is nearly satisfied.
         return reconstruction + (self.weight * rec) * (alignment / align)
 

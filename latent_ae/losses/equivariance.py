@@ -88,24 +88,25 @@ class Equivariance:
         rng = random.Random(f"equivariance {self.seed} {step} {micro_step}")
         chosen, small, turns = rng.random(), rng.random(), rng.randint(1, 3)
         vertical, horizontal = rng.random(), rng.random()
-        if not config.anisotropic:
-            horizontal = vertical
-        sides = (self._side(height, vertical), self._side(width, horizontal))
+        if config.anisotropic:
+            sides = (self._side(height, vertical), self._side(width, horizontal))
+        else:
+            sides = self._alike(height, width, vertical)
         if chosen < config.probability:
             return Draw("transformed", sides, turns if config.rotate else 0)
         if config.scales is not None and small < config.low_resolution:
             return Draw("small", sides)
         return Draw("plain", (height, width))
 
-    def require_room(self, resolution: int, key: str = "data.resolution") -> None:
+    def require_room(self, resolution: int, remedy: str = "raise data.resolution") -> None:
         """Raises `UserError` where no scale leaves pictures of this side large enough."""
         low, high = self._range(resolution // self.factor)
         if self.config.scales is not None and low > high:
             raise UserError(
-                f"{key} {resolution} is too small for losses.equivariance.scales: no scale in "
-                f"{list(self.config.scales)} leaves a whole number of latents and the "
-                f"{self.smallest * self.factor} pixels that the losses need; raise {key}, or set "
-                "losses.equivariance.scales to null"
+                f"pictures with a side of {resolution} are too small for "
+                f"losses.equivariance.scales: no scale in {list(self.config.scales)} leaves a "
+                f"whole number of latents and the {self.smallest * self.factor} pixels that the "
+                f"losses need; {remedy}, or set losses.equivariance.scales to null"
             )
 
     def _range(self, side: int) -> tuple[int, int]:
@@ -115,8 +116,13 @@ class Equivariance:
         low, high = self.config.scales
         return max(math.ceil(low * side), self.smallest), math.floor(high * side)
 
+    def _alike(self, height: int, width: int, uniform: float) -> tuple[int, int]:
+        """Both sides by the scale drawn for the shorter one, to the nearest whole latent."""
+        short, long = sorted((height, width))
+        drawn = self._side(short, uniform)
+        other = min(long, round(long * drawn / short))
+        return (drawn, other) if height <= width else (other, drawn)
+
     def _side(self, side: int, uniform: float) -> int:
         low, high = self._range(side)
-        if low > high:  # a bucket that is narrower than `resolution`
-            return side
         return low + int(uniform * (high - low + 1))

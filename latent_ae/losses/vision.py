@@ -141,7 +141,8 @@ def _load(name: str, untrained: bool) -> tuple[Any, Any]:
             with unset_fake_temporarily(), no_init_weights():
                 model: Any = AutoModel.from_config(AutoConfig.from_pretrained(name))
         else:
-            model = AutoModel.from_pretrained(name, use_safetensors=True)  # never a pickle
+            # In fp32, whatever the file's type: the run's precision is autocast's. Never a pickle.
+            model = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # transformers', the hub's and the file system's
         needed = "config.json, model.safetensors and preprocessor_config.json"
         if Path(name).is_dir():

@@ -8,21 +8,20 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from latent_ae.adversary import Adversary, shape_of_discriminator
+from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import (
     Autoencoder,
-    downsampling,
     image_channels,
-    require_divisible,
     trained_parameters,
 )
-from latent_ae.config import SMALLEST_MEASURED, Config, TrainingConfig, colourless
+from latent_ae.config import Config, TrainingConfig
 from latent_ae.data import TrainingStream, normalize, require_one_readable
 from latent_ae.errors import UserError
 from latent_ae.initialization import linear_code_, zero_residual_branches_
-from latent_ae.losses import Equivariance, GradientShare
-from latent_ae.networks import Network, require_checkpointing, require_statistics
+from latent_ae.losses import GradientShare
+from latent_ae.networks import Network
 from latent_ae.objective import Objective
+from latent_ae.refusals import equivariance_of, refuse_misfit
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.guard import Guard
 from latent_ae.training.processes import claim_folder, start_accelerator
@@ -89,7 +88,7 @@ def prepare(config: Config) -> Run:
         _sharded(config.training, accelerator),
         teacher,
         model.share,
-        _equivariance(config, network),
+        equivariance_of(config, network),
     )
     # Each process draws its own posterior noise; the seed of a fresh run, the state of a resumed.
     torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
@@ -167,38 +166,8 @@ def _initialize(config: Config, network: AutoencoderKL) -> None:
 
 def _check(config: Config, network: Network, teacher: Teacher | None) -> None:
     """Refuses before the first step what would fail later."""
+    refuse_misfit(config, network)
     if teacher is not None:
         teacher.require_same_shape(network)
-    if config.training.gradient_checkpointing:
-        require_checkpointing(network)
-    require_statistics(network, frozen=config.network.freeze == "encoder")
-    require_divisible(config.data.resolution, network, "data.resolution")
-    if config.data.buckets is not None:
-        require_divisible(config.data.buckets.multiple, network, "data.buckets.multiple")
-    channels = image_channels(network)
-    if reason := colourless(config.losses, channels):
-        raise UserError(reason)
     if config.validation is not None:
-        if config.validation.resolution:
-            require_divisible(config.validation.resolution, network, "validation.resolution")
-        require_one_readable(config.validation, channels)
-    if config.adversary is not None:
-        shape_of_discriminator(config.adversary, config.data.smallest_side(), channels)
-    equivariance = _equivariance(config, network)
-    if equivariance is not None:
-        key = "data.resolution" if config.data.buckets is None else "the smallest side of a bucket,"
-        equivariance.require_room(config.data.smallest_side(), key)
-
-
-def _equivariance(config: Config, network: Network) -> Equivariance | None:
-    """What draws the transforms, with the smallest pictures that the losses can take."""
-    if config.losses.equivariance is None:
-        return None
-    smallest = SMALLEST_MEASURED if config.losses.perceptual else 1
-    if config.adversary is not None:
-        judge = shape_of_discriminator(
-            config.adversary, config.data.smallest_side(), image_channels(network)
-        )
-        smallest = max(smallest, judge.smallest_side)
-    seed, factor = config.training.seed, downsampling(network)
-    return Equivariance(config.losses.equivariance, seed, factor, smallest)
+        require_one_readable(config.validation, image_channels(network))

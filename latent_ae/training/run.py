@@ -18,7 +18,8 @@ from latent_ae.autoencoder import (
     image_channels,
 )
 from latent_ae.config import Config
-from latent_ae.data import TrainingStream
+from latent_ae.data import BucketPlan, TrainingStream
+from latent_ae.errors import UserError
 from latent_ae.losses import Equivariance, GradientShare
 from latent_ae.networks import Network, spec_of
 from latent_ae.processes import from_main
@@ -121,6 +122,20 @@ class Run:
                 start=progress["images"],
                 state=progress["loader"],
                 channels=image_channels(self.network),
+            )
+        if self.stream.plan is not None:
+            self._agree_on(self.stream.plan)
+            # With another number of processes it goes on where the next batch begins.
+            self.images = self.stream.plan.begins(self.images)
+
+    def _agree_on(self, plan: BucketPlan) -> None:
+        """Raises `UserError` unless all processes have found the same pictures."""
+        own = torch.tensor([plan.fingerprint], device=self.accelerator.device)
+        if self.accelerator.gather(own).unique().numel() > 1:  # pyright: ignore
+            raise UserError(
+                "the processes do not find the same pictures of the same sizes: some files can be "
+                "read on one machine and not on another; mend the data, or remove the caches of "
+                "`datasets`, and start again"
             )
 
     def close(self) -> None:
