@@ -211,6 +211,8 @@ def test_validation_holds_the_student_against_its_teacher(teacher, photos, tmp_p
     scores = [row["psnr"] for row in run.log_rows() if row["group"] == "validation"]
     assert scores[0] < scores[1] < scores[-1]
     assert scores[-1] > 24  # of the teacher's pictures; the flat one is near 14
+    misses = [row["latents"] for row in run.log_rows() if row["group"] == "validation"]
+    assert misses[0] > misses[-1] > 0
     images, latents, _ = lesson(teacher)
     student, metrics = AutoencoderTiny.from_pretrained(out), ReconstructionMetrics()
     taught = Teacher(DistillationConfig(teacher=str(teacher)), CPU)

@@ -105,7 +105,8 @@ def distill(
         console=stderr(),
     )
     if made is not None:
-        say(f"{out} is ready: AutoencoderTiny.from_pretrained({str(out)!r})")
+        name = json.loads((out / "config.json").read_text())["_class_name"]
+        say(f"{out} is ready: {name}.from_pretrained({str(out)!r})")
 
 
 @app.command()
@@ -175,8 +176,8 @@ def config(
 ) -> None:
     """Print a config resolved, with what it means: sizes, compression, loss, batch.
 
-    Nothing is trained or downloaded. The first line of each file in configs/ points editors to the
-    schema.
+    Nothing is trained; of a vision model on the hub only its config is fetched. The first line of
+    each file in configs/ points editors to the schema.
     """
     from latent_ae.config import Config
     from latent_ae.config_file import dump_yaml, load_config

@@ -10,6 +10,7 @@ import torch
 
 from latent_ae.autoencoder import (
     decode_latents,
+    encode_mode,
     full_precision,
     image_channels,
     reconstruct,
@@ -74,7 +75,8 @@ def validate(run: Run) -> dict[str, float]:
 
     Returns:
         `psnr` (dB), `ssim`, `lpips` (AlexNet; not of pictures without colours), means over the
-        pictures; the same on every process.
+        pictures; the same on every process. Of a student also `latents`: their squared distance
+        from the teacher's over the variance of those.
 
     Raises:
         UserError: the source cannot be opened or none of its pictures can be read.
@@ -97,7 +99,7 @@ def _measure(run: Run, network: Network, config: ValidationConfig) -> dict[str, 
         limit=config.images,
         channels=channels,
     )
-    kept = []
+    kept, misses = [], []
     training = network.training
     network.eval()  # gradient checkpointing has nothing to save here
     with full_precision():
@@ -108,7 +110,9 @@ def _measure(run: Run, network: Network, config: ValidationConfig) -> dict[str, 
             if run.teacher is None:
                 decoded = reconstruct(network, normalize(images))
             else:
+                own, _ = encode_mode(network, normalize(images))
                 lesson = run.teacher(normalize(images))
+                misses.append((own - lesson.latents).square().mean() / lesson.latents.var())
                 images = to_uint8(lesson.pictures)
                 decoded = decode_latents(network, lesson.latents)
             rounded = metrics.update(images, decoded)
@@ -122,4 +126,5 @@ def _measure(run: Run, network: Network, config: ValidationConfig) -> dict[str, 
         "error (4x)": error_map(images, decoded),
     }
     save_sheet(run.folder.sheet(run.step), columns)
-    return metrics.compute()
+    taught = {"latents": torch.stack(misses).mean().item()} if misses else {}
+    return metrics.compute() | taught
