@@ -7,7 +7,7 @@ the same small denoiser on the latents of the same crops for the same steps and 
     python benchmarks/equivariance.py TRAIN_PHOTOS HELD_OUT_PHOTOS --runs runs/equivariance
 
 Every stage that has been done is kept, so the command goes on where it was stopped. Prints the
-table of docs/regularisers.md and writes results.json.
+table of docs/results.md and writes results.json.
 """
 
 import json
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from kl_weights import ROOT, cut_crops, drawn, explained, train_denoiser
+from kl_weights import cut_crops, drawn, explained, train_denoiser
+from small_runs import train_autoencoder
 
 VARIANTS = {"off": "null", "on": "{}"}  # the paper's values are the defaults
 PACKAGES = ("torch", "diffusers", "accelerate", "lpips")
@@ -38,7 +39,8 @@ def main(
     for name, folder, seed in (("crops", photos, 0), ("held_out_crops", held_out, 1)):
         cut_crops(folder, runs / name, seed)
     for variant in VARIANTS:
-        train_autoencoder(runs / variant, variant, photos, steps)
+        settings = [f"losses.equivariance={VARIANTS[variant]}"]
+        train_autoencoder(runs / variant, photos, steps, settings)
         train_denoiser(runs / variant, runs / "crops", denoiser_steps)
     rows = {variant: measure(runs / variant, held_out, runs, draws) for variant in VARIANTS}
     python = platform.python_version()
@@ -54,29 +56,10 @@ def main(
     tell(result)
 
 
-def train_autoencoder(run, variant, photos, steps):
-    """Trains and exports; the time that training took stays beside it."""
-    from latent_ae import export_run, load_config, train
-
-    if (run / "autoencoder").exists():
-        return
-    settings = [
-        f"data.path={photos}",
-        "data.workers=0",
-        f"losses.equivariance={VARIANTS[variant]}",
-        f"training.steps={steps}",
-        "validation=null",
-        f"output={run / 'training'}",
-    ]
-    began = time.perf_counter()
-    train(load_config(ROOT / "configs/quickstart.yaml", settings))
-    (run / "seconds.json").write_text(json.dumps(time.perf_counter() - began))
-    export_run(run / "training", run / "autoencoder", images=512)
-
-
 def measure(run, held_out, runs, draws):
     """One autoencoder's column: reconstruction and equivariance, then its denoiser."""
     from latent_ae import Evaluation, evaluate
+    from latent_ae.run_folder import RunFolder
 
     kept = run / "row.json"
     row = json.loads(kept.read_text()) if kept.exists() else {}
@@ -98,7 +81,7 @@ def measure(run, held_out, runs, draws):
         row = {
             **result.metrics,
             "psnr_interval": result.intervals["psnr"],
-            "training_seconds": json.loads((run / "seconds.json").read_text()),
+            "training_seconds": RunFolder(run / "training").log_rows()[-1]["seconds"],
             "equivariance": {one["transform"]: one for one in probes["equivariance"]},
             "kl_bits_per_value": latents["kl_bits_per_value"],
             "high_share": latents["spectrum"]["high_share"],

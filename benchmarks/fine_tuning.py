@@ -11,6 +11,7 @@ kept, so the command goes on where it was stopped. The sheet shows photographs o
 import argparse
 import json
 import platform
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from latent_ae import evaluate, export_run, load_config, train
 from latent_ae.autoencoder import load_network
 from latent_ae.config import Protocol, SourceConfig
 from latent_ae.data import evaluation_batches, normalize
+from latent_ae.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 # The recipe is for eight GPUs; these make it one for a CPU.
@@ -48,8 +50,11 @@ def fine_tune(base, photos, out, overrides):
     if not (out / "autoencoder").exists():
         settings = [f"{key}={value}" for key, value in SMALL.items()]
         settings += [f"network.path={base}", f"data.path={photos}", f"output={out / 'run'}"]
-        run = train(load_config(ROOT / "configs/ft_mse.yaml", [*settings, *overrides]))
-        export_run(run, out / "autoencoder")
+        config = load_config(ROOT / "configs/ft_mse.yaml", [*settings, *overrides])
+        run = RunFolder(train(config))
+        if run.progress(run.latest())["step"] < config.training.steps:  # a signal has ended it
+            sys.exit(f"{out} is not done; the same command goes on")
+        export_run(run.path, out / "autoencoder")
     return out / "autoencoder"
 
 

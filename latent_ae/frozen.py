@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latent_ae.autoencoder import default_device, folder_config, only_variant, weights_sha256
+from latent_ae.autoencoder import default_device
 from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
+from latent_ae.network_folders import folder_config, network_in, weights_sha256
 from latent_ae.scaling import LatentScaling
 
 __all__ = ["PRECISIONS", "FrozenAutoencoder", "fast_precision", "posterior_of"]
@@ -204,18 +205,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None or not all(hasattr(kind, verb) for verb in ("encode", "decode")):
         raise UserError(f"{folder} holds a {name}, which is no autoencoder of diffusers")
-    try:
-        network = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            variant=only_variant(folder),
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            use_safetensors=True,  # never a pickle
-        )
-    except Exception as error:  # diffusers', safetensors' and torch's
-        raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
-    return network.requires_grad_(False).eval()
+    return network_in(folder, kind, dtype).requires_grad_(False).eval()
 
 
 def _count(module: nn.Module | None) -> int | None:

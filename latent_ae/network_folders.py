@@ -14,6 +14,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "WEIGHT_VARIANTS",
     "folder_config",
+    "network_in",
     "only_variant",
     "stored_variants",
     "weight_files",
@@ -45,6 +46,30 @@ def folder_config(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is no config of diffusers") from error
     return config
+
+
+def network_in(folder: Path, kind: type[Any], dtype: Any) -> Any:
+    """A folder's network, loaded from disk alone and never from a pickle.
+
+    Args:
+        folder: of diffusers'.
+        kind: the class that its config.json names.
+        dtype: of the weights, torch's.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return kind.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            variant=only_variant(folder),
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+        )
+    except Exception as error:  # diffusers', safetensors' and torch's
+        raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
 
 
 def stored_variants(folder: str | Path) -> list[str]:

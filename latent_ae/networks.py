@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latent_ae.config import AnyNetwork, NetworkConfig
 from latent_ae.errors import UserError
-from latent_ae.network_folders import folder_config, only_variant
+from latent_ae.network_folders import folder_config, network_in
 
 __all__ = [
     "NETWORKS",
@@ -223,18 +223,7 @@ def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Networ
         UserError: there is no such folder, or it holds another class.
     """
     folder = Path(path)
-    spec = _spec_in(folder)
-    try:
-        return spec.network.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            variant=only_variant(folder),
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            use_safetensors=True,  # never a pickle
-        )
-    except Exception as error:  # diffusers', safetensors' and torch's
-        raise UserError(f"the autoencoder at {folder} cannot be loaded: {error}") from error
+    return network_in(folder, _spec_in(folder).network, dtype)
 
 
 def _spec_in(folder: Path) -> NetworkSpec:
