@@ -100,7 +100,10 @@ def test_zeroed_residual_blocks_are_the_identity():
     [
         ({"block_out_channels": (32, 32), "norm_num_groups": 16}, "cannot carry"),
         ({"block_out_channels": (4, 8), "norm_num_groups": 1}, "cannot carry"),
-        ({"block_out_channels": (8, 4), "norm_num_groups": 1, "latent_channels": 12}, "narrow"),
+        (
+            {"block_out_channels": (8, 4), "norm_num_groups": 1, "latent_channels": 12},
+            "fewer than the 12",
+        ),
         ({"block_out_channels": (16,), "norm_num_groups": 1}, "two block_out_channels"),
         (
             {"block_out_channels": (16, 32), "mid_block_add_attention": True, "norm_num_groups": 1},
