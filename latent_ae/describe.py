@@ -63,28 +63,27 @@ def describe(
     }
     if config.data.buckets is not None:
         facts["images"] += ", or as many pixels"
-        facts["buckets"] = _buckets(config.data)
+        facts |= _buckets(config.data)
     memory = training_memory(config, network, processes)
     largest = ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
     return {**facts, "memory a process": f"about {_size(memory.total)} ({largest})"}
 
 
-def _buckets(data: DataConfig) -> str:
-    """The shapes of each resolution, width × height, and their batch size."""
+def _buckets(data: DataConfig) -> dict[str, str]:
+    """The shapes of each resolution, width × height, and their batch size, under its title."""
     assert data.buckets is not None
-    lines = []
+    lines: dict[str, str] = {}
     for resolution, buckets in groupby(data.shapes(), key=lambda bucket: bucket.resolution):
         found = sorted(buckets, key=lambda bucket: bucket.width / bucket.height)
         sides = ", ".join(f"{bucket.width} × {bucket.height}" for bucket in found)
         share = data.resolutions.count(resolution) / len(data.resolutions)
         lost = largest_cut([(b.height, b.width) for b in found], data.buckets.max_aspect)
         lost = 1 - (1 - lost) / data.room**2
-        lines.append(
-            f"{found[0].batch_size} a process at {resolution}² ({share:.0%} of the pictures): "
-            f"{sides}, which cut away up to {lost:.0%} of a picture that is "
-            f"no longer than {data.buckets.max_aspect:g} to 1"
+        lines[f"buckets at {resolution}²"] = (
+            f"{found[0].batch_size} a process, {share:.0%} of the pictures, cut by up to "
+            f"{lost:.0%} if no longer than {data.buckets.max_aspect:g} to 1: {sides}"
         )
-    return "; ".join(lines)
+    return lines
 
 
 def _length(config: Config, times: int) -> str:
