@@ -8,8 +8,11 @@ from pathlib import Path
 # Before `datasets` and `huggingface_hub` are imported: no cache of the person's, no network.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="latent-ae-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Two workers on two cores (pytest-xdist): a thread each.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Two workers on two cores (pytest-xdist): a thread each, whatever they inherit from the process
+# that starts them, which has read this file too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import datasets
 import numpy as np
