@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -99,48 +99,33 @@ def _dc_at_last_layer(network: AutoencoderDC, gradient: Tensor) -> Tensor:
     return F.pixel_unshuffle(gradient, 2) if shuffled else gradient
 
 
-def _kl_blocks(network: AutoencoderKL | AutoencoderKLFlux2) -> list[nn.Module]:
-    encoder: Any = network.encoder
-    decoder: Any = network.decoder
-    return _present(*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks)
-
-
 def _tiny_blocks(network: AutoencoderTiny) -> list[nn.Module]:
     layers = [*network.encoder.layers, *network.decoder.layers]
     return [layer for layer in layers if hasattr(layer, "fuse")]  # AutoencoderTinyBlock
 
 
+_KL = NetworkSpec(
+    AutoencoderKL,
+    levels="block_out_channels",
+    encoded=lambda output: output.latent_dist.parameters,
+    posterior=True,
+    added=(),
+    statistics=("scale", "shift", "channels", "folded"),
+    upcasts=True,
+    checkpoints=True,
+    encoder=lambda n: _present(n.encoder, n.quant_conv),
+    decoder=lambda n: _present(n.post_quant_conv, n.decoder),
+    blocks=lambda n: _present(
+        *n.encoder.down_blocks, n.encoder.mid_block, n.decoder.mid_block, *n.decoder.up_blocks
+    ),
+    last_layer=lambda n: n.decoder.conv_out,
+    at_last_layer=lambda n, gradient: gradient,
+)
 NETWORKS = {
-    "kl": NetworkSpec(
-        AutoencoderKL,
-        levels="block_out_channels",
-        encoded=lambda output: output.latent_dist.parameters,
-        posterior=True,
-        added=(),
-        statistics=("scale", "shift", "channels", "folded"),
-        upcasts=True,
-        checkpoints=True,
-        encoder=lambda n: _present(n.encoder, n.quant_conv),
-        decoder=lambda n: _present(n.post_quant_conv, n.decoder),
-        blocks=_kl_blocks,
-        last_layer=lambda n: n.decoder.conv_out,
-        at_last_layer=lambda n, gradient: gradient,
-    ),
-    "flux2": NetworkSpec(  # loaded from a folder only
-        AutoencoderKLFlux2,
-        levels="block_out_channels",
-        encoded=lambda output: output.latent_dist.parameters,
-        posterior=True,
-        added=(),
-        statistics=(),  # they are a BatchNorm's over patches of 2 × 2 latents, which pipelines read
-        upcasts=False,
-        checkpoints=True,
-        encoder=lambda n: _present(n.encoder, n.quant_conv),
-        decoder=lambda n: _present(n.post_quant_conv, n.decoder),
-        blocks=_kl_blocks,
-        last_layer=lambda n: n.decoder.conv_out,
-        at_last_layer=lambda n, gradient: gradient,
-    ),
+    "kl": _KL,
+    # Loaded from a folder only. Its statistics are a BatchNorm's over patches of 2 × 2 latents,
+    # which pipelines read.
+    "flux2": replace(_KL, network=AutoencoderKLFlux2, statistics=(), upcasts=False),
     "dc": NetworkSpec(
         AutoencoderDC,
         levels="encoder_block_out_channels",

@@ -92,23 +92,21 @@ class BucketPlan:
         def order(epoch: int) -> tuple[np.ndarray, np.ndarray]:
             return self._order(epoch)
 
+        for _, epoch, bucket, number in self._from(start):
+            yield self._batch(epoch, bucket, number, order)
+
+    def begins(self, start: int) -> int:
+        """The number of the first picture that `batches(start)` gives: `start`, or after it."""
+        return next(self._from(start))[0]
+
+    def _from(self, start: int) -> Iterator[tuple[int, int, int, int]]:
+        """Each batch's first picture's number, epoch, bucket and how manieth of the bucket."""
         epoch = self._epoch_at(start)
         seen = self._seen_before(epoch)
         while True:
             for bucket, number in self._schedule(epoch):
                 if seen >= start:
-                    yield self._batch(epoch, bucket, number, order)
-                seen += int(self._global[bucket])
-            epoch += 1
-
-    def begins(self, start: int) -> int:
-        """The number of the first picture that `batches(start)` gives: `start`, or after it."""
-        epoch = self._epoch_at(start)
-        seen = self._seen_before(epoch)
-        while True:
-            for bucket, _ in self._schedule(epoch):
-                if seen >= start:
-                    return seen
+                    yield seen, epoch, bucket, number
                 seen += int(self._global[bucket])
             epoch += 1
 

@@ -14,14 +14,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary
-from latent_ae.autoencoder import (
-    image_channels,
-)
 from latent_ae.config import Config
 from latent_ae.data import BucketPlan, TrainingStream
 from latent_ae.errors import UserError
 from latent_ae.losses import Equivariance, GradientShare
-from latent_ae.networks import Network, spec_of
+from latent_ae.networks import Network, image_channels, spec_of
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
