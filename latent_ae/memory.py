@@ -51,13 +51,7 @@ def training_memory(config: Config, network: Network, processes: int = 1) -> Tra
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()
-        objective = Objective(
-            config.losses,
-            config.bottleneck,
-            channels=channels,
-            latent_channels=network.config["latent_channels"],
-            untrained=True,
-        )
+        objective = Objective.of(config, network, untrained=True)
         judge = adversary and Adversary(adversary.model_copy(update={"path": None}), channels)
         saved = 0
         for shape in config.data.largest_shapes():

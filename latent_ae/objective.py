@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from latent_ae.config import AnyBottleneck, LossesConfig
+from latent_ae.config import AnyBottleneck, Config, LossesConfig
 from latent_ae.losses import PIXEL_LOSSES, Alignment, PerceptualLoss
 from latent_ae.losses.variance import (
     ROUNDING_ERRORS,
@@ -15,6 +15,7 @@ from latent_ae.losses.variance import (
     scaled_distance,
     unit_of,
 )
+from latent_ae.networks import Network, image_channels
 from latent_ae.outputs import Reconstruction
 
 __all__ = ["Losses", "Objective"]
@@ -85,6 +86,17 @@ class Objective(nn.Module):
         if losses.alignment is not None:
             assert latent_channels is not None, "an alignment needs the number of channels"
             self.alignment = Alignment(losses.alignment, latent_channels, untrained=untrained)
+
+    @classmethod
+    def of(cls, config: Config, network: Network, *, untrained: bool = False) -> Objective:
+        """That of a run, for the channels of its network."""
+        return cls(
+            config.losses,
+            config.bottleneck,
+            channels=image_channels(network),
+            latent_channels=network.config["latent_channels"],
+            untrained=untrained,
+        )
 
     def forward(self, images: Tensor, reconstruction: Reconstruction, step: int) -> Losses:
         """The losses of a batch.

@@ -47,7 +47,7 @@ def prepare(config: Config) -> Run:
     _check(config, model.network, teacher)
     if isinstance(model.network, AutoencoderKL) and not folder.all_checkpoints():
         _initialize(config, model.network)
-    objective, channels = _objective(config, model.network), image_channels(model.network)
+    objective, channels = Objective.of(config, model.network), image_channels(model.network)
     alignment = config.losses.alignment
     model.share = GradientShare(alignment.weight) if alignment and alignment.adaptive else None
     adversary = rule = Adversary(config.adversary, channels) if config.adversary else None
@@ -94,15 +94,6 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.training.seed + 1_000_003 * (1 + accelerator.process_index))
     run.restore()
     return run
-
-
-def _objective(config: Config, network: Network) -> Objective:
-    return Objective(
-        config.losses,
-        config.bottleneck,
-        channels=image_channels(network),
-        latent_channels=network.config["latent_channels"],
-    )
 
 
 def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:
