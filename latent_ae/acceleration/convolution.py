@@ -1,0 +1,99 @@
+"""Convolutions as an autoencoder has them, of pictures or of rows of one, with the upsampling folded in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latent_ae.acceleration.winograd import pays_off, winograd
+
+__all__ = ["WHOLE", "without_graph", "convolve", "convolve_halved", "convolve_upsampled"]
+
+WHOLE = (1, 1)  # rows of zeros above and below: at both edges of a picture
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE) -> Tensor:
+    """A convolution of 3 × 3 with padding 1, or of 1 × 1, of stride 1.
+
+    Args:
+        x: of shape (B, C, H, W).
+        conv: its weights.
+        rows: how many rows of zeros are above and below (0 where x holds rows of the neighbours).
+    """
+    if conv.kernel_size == (1, 1):
+        return conv(x)
+    if without_graph(x, conv) and pays_off(x, conv.weight):
+        return winograd(x, conv.weight, conv.bias, rows)
+    if rows[0] != rows[1]:
+        x, rows = F.pad(x, (0, 0, *rows)), (0, 0)
+    return F.conv2d(x, conv.weight, conv.bias, padding=(rows[0], 1))
+
+
+def convolve_halved(x: Tensor, conv: nn.Conv2d, bottom: int = 1) -> Tensor:
+    """diffusers' downsampling: 3 × 3 of stride 2, with zeros at the right and below.
+
+    Args:
+        x: of shape (B, C, H, W).
+        conv: its weights.
+        bottom: how many rows of zeros are below, 0 or 1.
+    """
+    return F.conv2d(F.pad(x, (0, 1, 0, bottom)), conv.weight, conv.bias, stride=2)
+
+
+def convolve_upsampled(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE) -> Tensor:
+    """A convolution of 3 × 3 of a picture that is enlarged twice by its nearest pixels.
+
+    Each output sees 2 × 2 pixels of x, some of them through two or three weights: so four kernels
+    of 2 × 2, one for each parity, do with 4/9 of the products and without the enlarged picture.
+
+    Args:
+        x: of shape (B, C, H, W).
+        conv: its weights.
+        rows: how many rows of zeros are above and below, 0 or 1 each.
+
+    Returns:
+        Of shape (B, K, 2 (H + sum(rows) − 2), 2 W).
+    """
+    kernels = _folded(conv.weight)
+    x = F.pad(x, (1, 1, *rows))
+    tall, wide = x.shape[2] - 2, x.shape[3] - 2
+    parts = [
+        F.conv2d(x[:, :, i : i + tall + 1, j : j + wide + 1], kernels[i][j], conv.bias)
+        for i in range(2)
+        for j in range(2)
+    ]
+    if without_graph(x, conv):
+        shape, kind = (len(x), conv.out_channels, 2 * tall, 2 * wide), parts[0].dtype
+        result = torch.empty(
+            shape, dtype=kind, device=x.device, memory_format=torch.channels_last
+        )
+        for k, part in enumerate(parts):
+            result[:, :, k // 2 :: 2, k % 2 :: 2] = part
+        return result
+    # (B, 2, 2, K, H, W) to (B, H, 2, W, 2, K), which is channels_last already.
+    stacked = torch.stack(parts, 1).unflatten(1, (2, 2))
+    return stacked.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def _folded(weight: Tensor) -> list[list[Tensor]]:
+    """Kernels of shape (K, C, 2, 2) for even and odd rows and columns."""
+    rows = (
+        torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], 2),
+        torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], 2),
+    )
+    layout = torch.channels_last
+    return [
+        [
+            torch.stack([r[..., 0], r[..., 1] + r[..., 2]], 3).contiguous(memory_format=layout),
+            torch.stack([r[..., 0] + r[..., 1], r[..., 2]], 3).contiguous(memory_format=layout),
+        ]
+        for r in rows
+    ]
+
+
+def without_graph(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether autograd has nothing to keep of an operation on x with these weights."""
+    if not torch.is_grad_enabled():
+        return True
+    return not (x.requires_grad or any(p.requires_grad for m in modules for p in m.parameters()))
