@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latent_ae.acceleration import accelerate_autoencoder
     from latent_ae.autoencoder import Autoencoder, load_network
     from latent_ae.config import Config
     from latent_ae.config_file import load_config
@@ -31,6 +32,7 @@ __all__ = [
     "LatentStream",
     "Reconstruction",
     "UserError",
+    "accelerate_autoencoder",
     "compare",
     "convert",
     "decode",
@@ -54,6 +56,7 @@ _HOME = {
     "LatentStream": "latents",
     "Reconstruction": "outputs",
     "UserError": "errors",
+    "accelerate_autoencoder": "acceleration",
     "compare": "evaluation",
     "convert": "conversion",
     "decode": "latents",

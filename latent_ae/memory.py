@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from latent_ae.acceleration import accelerate_autoencoder
 from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import Autoencoder, image_channels, trained_parameters
 from latent_ae.bottlenecks import build_bottleneck
@@ -48,6 +49,8 @@ def training_memory(config: Config, network: Network, processes: int = 1) -> Tra
             build_bottleneck(config.bottleneck),
             freeze_encoder=config.network.freeze == "encoder",
         )
+        if not config.training.stock_layers:
+            accelerate_autoencoder(model.network)
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()

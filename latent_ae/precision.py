@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latent_ae.acceleration import stock_layers
 from latent_ae.autoencoder import full_precision
 from latent_ae.frozen import posterior_of
 
@@ -84,7 +85,8 @@ def measure_precision(network: Any, images: Tensor) -> PrecisionEvidence:
     """
     low = {}
     with full_precision():  # TF32 is as rough as fp16, which it would have to judge
-        layers, exact = _largest_activations(network, images)
+        with stock_layers(network):  # each layer is looked at, so each has to be called
+            layers, exact = _largest_activations(network, images)
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
             # torch's own `to`: diffusers' warns of layers that it would keep in fp32, even of none.
             smaller = nn.Module.to(copy.deepcopy(network), dtype)

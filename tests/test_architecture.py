@@ -11,6 +11,7 @@ PACKAGE = ROOT / "latent_ae"
 # A module imports only from floors below its own; a package is one place.
 FLOORS = {
     "channels": 0,
+    "acceleration": 1,
     "errors": 0,
     "folders": 1,
     "outputs": 0,

@@ -1,4 +1,4 @@
-"""Convolutions as an autoencoder has them, of pictures or of rows of one, with the upsampling folded in."""
+"""An autoencoder's convolutions, of whole pictures or of rows of one; upsampling is folded in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE) -> Tenso
 
 
 def convolve_halved(x: Tensor, conv: nn.Conv2d, bottom: int = 1) -> Tensor:
-    """diffusers' downsampling: 3 × 3 of stride 2, with zeros at the right and below.
+    """The downsampling of diffusers: 3 × 3 of stride 2, with zeros at the right and below.
 
     Args:
         x: of shape (B, C, H, W).
@@ -65,9 +65,7 @@ def convolve_upsampled(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE
     ]
     if without_graph(x, conv):
         shape, kind = (len(x), conv.out_channels, 2 * tall, 2 * wide), parts[0].dtype
-        result = torch.empty(
-            shape, dtype=kind, device=x.device, memory_format=torch.channels_last
-        )
+        result = torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
         for k, part in enumerate(parts):
             result[:, :, k // 2 :: 2, k % 2 :: 2] = part
         return result

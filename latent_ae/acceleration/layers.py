@@ -5,11 +5,12 @@ A layer is changed by its class alone: it holds nothing of its own, and gets its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.downsampling import Downsample2D
@@ -17,10 +18,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from latent_ae.acceleration.attention import attend, heads_of
 from latent_ae.acceleration.convolution import convolve_halved, convolve_upsampled, without_graph
 from latent_ae.acceleration.normalization import norm_silu, norm_silu_convolve, normalize_groups
+from latent_ae.acceleration.strips import in_strips, whole_bytes
 
-__all__ = ["FAST", "attend", "fast_class", "heads_of"]
+__all__ = ["FAST", "all_fast", "fast_class"]
 
 
 class FastResnetBlock(ResnetBlock2D):
@@ -74,25 +77,22 @@ class FastAttention(Attention):
         return result if self.rescale_output_factor == 1 else result / self.rescale_output_factor
 
 
-def heads_of(attention: Attention, tokens: Tensor, which: str) -> list[Tensor]:
-    """Queries, keys or values of shape (B, heads, N, C / heads) of tokens of shape (B, N, C)."""
-    made = [getattr(attention, f"to_{name}")(tokens) for name in which]
-    return [one.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for one in made]
-
-
-def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What attention adds, of shape (B, N, C)."""
-    found = F.scaled_dot_product_attention(query, key, value)
-    return attention.to_out[0](found.transpose(1, 2).flatten(2))
-
-
 class _Coder(nn.Module):
-    """What an encoder and a decoder share: blocks between two convolutions."""
+    """What an encoder and a decoder share: blocks between two convolutions.
 
-    memory: float = float("inf")
+    Attributes:
+        memory: bytes of activations beyond which pictures go through in strips.
+        spill: the folder for activations that a CPU has no memory for.
+    """
+
+    memory: float = math.inf
+    spill: str | Path | None = None
 
     def _through(self, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
         coder = cast(Any, self)
+        small = self.memory == math.inf or whole_bytes(self, x) <= self.memory
+        if not small and without_graph(x, self) and all_fast(self):
+            return in_strips(self, x, self.memory, self.spill)
         x = coder.conv_in(x)
         again = torch.is_grad_enabled() and coder.gradient_checkpointing
         for block in blocks:
@@ -126,6 +126,12 @@ def fast_class(layer: nn.Module) -> type[nn.Module] | None:
     return kind if kind is not None and _MEETS[kind](layer) else None
 
 
+def all_fast(part: nn.Module) -> bool:
+    """Whether no layer between a coder's outer convolutions has kept its own forward pass."""
+    kinds = tuple(kind for kind in FAST if kind not in (Encoder, Decoder))
+    return all(type(m) in _MEETS for m in part.modules() if isinstance(m, kinds))
+
+
 def _plain(conv: Any, size: int, stride: int = 1, padding: int | None = None) -> bool:
     padding = size // 2 if padding is None else padding
     return (
@@ -146,7 +152,7 @@ def _group_norm(norm: Any) -> bool:
 def _resnet(layer: Any) -> bool:
     return (
         layer.time_emb_proj is layer.upsample is layer.downsample is None
-        and layer.time_embedding_norm == "default"
+        and layer.time_embedding_norm in ("default", "group")  # without a time, all the same
         and layer.dropout.p == 0
         and type(layer.nonlinearity) is nn.SiLU
         and all(map(_group_norm, (layer.norm1, layer.norm2)))

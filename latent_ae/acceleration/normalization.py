@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU as one operation, and with the convolution behind them as one node of autograd.
+"""GroupNorm and SiLU as one operation, and with the convolution behind them as one of autograd's.
 
 What stock layers keep for the backward pass are three pictures of activations: the input of
 GroupNorm, that of SiLU and that of the convolution. Here it is the first alone; the other two are
@@ -96,9 +96,7 @@ def _again(x: Tensor, norm: _Norm, mean: Tensor, rstd: Tensor) -> Tensor:
 def _backward(gradient: Tensor, x: Tensor, norm: _Norm, mean: Tensor, rstd: Tensor) -> _Three:
     """Gradients at x, at the norm's weight and at its bias."""
     if triton_norm.available(x):
-        return triton_norm.group_norm_silu_backward(
-            gradient, x, norm.weight, norm.bias, mean, rstd
-        )
+        return triton_norm.group_norm_silu_backward(gradient, x, norm.weight, norm.bias, mean, rstd)
     gradient = torch.ops.aten.silu_backward(gradient, _normalize(x, norm)[0])
     shape = (len(x), x.shape[1], x.shape[2] * x.shape[3])
     weight = _beside(x, norm.weight)

@@ -1,1 +1,2 @@
-def available(x): return False
+def available(x):
+    return False

@@ -39,6 +39,9 @@ class TrainingConfig(Section):
     """Decay of the averaged weights that are validated and exported; 0 for none."""
     channels_last: bool = True
     """Memory layout of the network: faster convolutions, same numbers within rounding."""
+    stock_layers: bool = False
+    """Leave the network's forward passes to diffusers, instead of those of
+    `accelerate_autoencoder`, which keep a third of the activations for the backward pass."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of storing them."""
     compile: bool = False

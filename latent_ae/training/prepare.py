@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from latent_ae.acceleration import accelerate_autoencoder
 from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import (
     Autoencoder,
@@ -104,12 +105,15 @@ def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerato
     sharded = _sharded(training, accelerator)
     if training.channels_last and not sharded:  # FSDP2 wants contiguous weights; pictures suffice
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if not training.stock_layers:
+        layout = training.channels_last and not sharded
+        accelerate_autoencoder(model.network, channels_last=layout)
     if training.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
     if training.compile:
         _require_compiler(accelerator.device)
         for block in model.blocks():  # in place, so that names and hooks stay
-            block.compile()
+            block.compile(dynamic=False)  # Inductor fails on some shapes that are not fixed
     wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
     if sharded:
         shard_(model, accelerator.device, accelerator.num_processes)
