@@ -94,12 +94,12 @@ def peak_memory(work, device, before=None):
 
 
 def output_of_child(script, *more):
-    """The last word that the script prints in a fresh process, called as this one and with more.
+    """The last line that the script prints in a fresh process, called as this one and with more.
 
     Nothing else has left its traces there, and its allocator keeps nothing.
     """
     command = [sys.executable, script, *sys.argv[1:], *more]
-    return subprocess.check_output(command, env=os.environ | _TIDY, text=True).split()[-1]
+    return subprocess.check_output(command, env=os.environ | _TIDY, text=True).splitlines()[-1]
 
 
 def machine(device):
