@@ -13,7 +13,17 @@ from latent_ae.acceleration import accelerate_autoencoder
 from latent_ae.autoencoder import build_network, load_network
 from latent_ae.frozen import PRECISIONS
 
-__all__ = ["KINDS", "OURS", "STOCK", "build", "decode", "encode", "photograph_batch", "source"]
+__all__ = [
+    "KINDS",
+    "OURS",
+    "PHOTOGRAPHS",
+    "STOCK",
+    "build",
+    "decode",
+    "encode",
+    "photograph_batch",
+    "source",
+]
 
 ROOT = Path(__file__).parents[1]
 STOCK = "stock"
