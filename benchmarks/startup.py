@@ -26,9 +26,9 @@ import tempfile
 import time
 from pathlib import Path
 
-SCRATCH = Path(tempfile.mkdtemp(prefix="latent-ae-startup-"))
 # Before `datasets` and the hub's client are imported, here and in the children.
-os.environ |= {"HF_HOME": str(SCRATCH / "hf"), "HF_HUB_OFFLINE": "1"}
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="latent-ae-startup-")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from contestants import PHOTOGRAPHS, source
@@ -37,6 +37,7 @@ from PIL import Image
 from skimage import data as photographs
 
 ROOT = Path(__file__).parents[1]
+SCRATCH = Path(os.environ["HF_HOME"])
 POLL = 0.005  # seconds
 LONGEST = 600  # seconds that a command may take
 
