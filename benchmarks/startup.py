@@ -9,8 +9,8 @@ Seconds and processor seconds (of all threads) of fresh processes, up to what a 
 - `latent-ae encode`: the first shard, of four photographs, with a tiny network.
 
 The last two are killed there. --other does the same with the package of another checkout and that
-checkout's config; both take turns, and ratios are medians over the rounds. A first round is not
-counted: Python writes its bytecode there, and `datasets` reads the photographs' folder into its
+checkout's config; both take turns, and ratios are medians over the rounds. A first round does
+not count without --cold: Python writes its bytecode there, and `datasets` reads the photographs' folder into its
 cache, which lies in a temporary folder as everything here does. Nothing is fetched. Needs a POSIX
 system.
 """
@@ -128,14 +128,14 @@ def start(build, checkout):
     return {"wall": seconds, "processor": used.ru_utime + used.ru_stime}
 
 
-def measure(checkouts, rounds):
-    """The dicts of `start` of every round, by command and checkout, without a first round."""
+def measure(checkouts, rounds, cold):
+    """The dicts of `start` of every round, by command and checkout; the first only if `cold`."""
     taken = {(command, name): [] for command in COMMANDS for name in checkouts}
-    for number in range(rounds + 1):
+    for number in range(rounds + (not cold)):
         for command, build in COMMANDS.items():
             for name, checkout in checkouts.items():
                 one = start(build, checkout)
-                if number:
+                if number or cold:
                     taken[command, name].append(one)
     return taken
 
@@ -167,7 +167,8 @@ def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="after one that is not counted")
+    add("--rounds", type=int, default=5, help="after one that does not count")
+    add("--cold", action="store_true", help="count the first round too")
     add("--other", type=Path, help="another checkout, measured in turns")
     add("--json", help="write the figures there too")
     return parser.parse_args()
@@ -184,7 +185,7 @@ def main():
     for name in PHOTOGRAPHS:
         Image.fromarray(getattr(photographs, name)()).save(folder / f"{name}.png")
     source("tiny").save_pretrained(SCRATCH / "network")
-    rows = figures(measure(checkouts, args.rounds))
+    rows = figures(measure(checkouts, args.rounds, args.cold))
     show(rows)
     run = record(torch.device("cpu"))
     print(last_lines(run))

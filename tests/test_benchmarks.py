@@ -49,33 +49,34 @@ def attention_count(channels, side):
     return linear + products, 2 * channels * positions + weights
 
 
-class TestCounts:
-    # (kernel, channels in and out, side in and out), written out from diffusers' classes.
-    ENCODER = [
-        (3, 3, 8, 32, 32),
-        (3, 8, 8, 32, 32),
-        (3, 8, 8, 32, 32),
-        (3, 8, 8, 32, 16),
-        (3, 8, 16, 16, 16),
-        (3, 16, 16, 16, 16),
-        (1, 8, 16, 16, 16),
-        *[(3, 16, 16, 16, 16)] * 4,
-        (3, 16, 8, 16, 16),
-        (1, 8, 8, 16, 16),
-    ]
-    DECODER = [
-        (1, 4, 4, 16, 16),
-        (3, 4, 16, 16, 16),
-        *[(3, 16, 16, 16, 16)] * 4,
-        *[(3, 16, 16, 16, 16)] * 4,
-        (3, 16, 16, 16, 32),
-        (3, 16, 8, 32, 32),
-        (3, 8, 8, 32, 32),
-        (1, 16, 8, 32, 32),
-        *[(3, 8, 8, 32, 32)] * 2,
-        (3, 8, 3, 32, 32),
-    ]
+# (kernel, channels in and out, side in and out), written out from diffusers' classes.
+ENCODER = (
+    (3, 3, 8, 32, 32),
+    (3, 8, 8, 32, 32),
+    (3, 8, 8, 32, 32),
+    (3, 8, 8, 32, 16),
+    (3, 8, 16, 16, 16),
+    (3, 16, 16, 16, 16),
+    (1, 8, 16, 16, 16),
+    *[(3, 16, 16, 16, 16)] * 4,
+    (3, 16, 8, 16, 16),
+    (1, 8, 8, 16, 16),
+)
+DECODER = (
+    (1, 4, 4, 16, 16),
+    (3, 4, 16, 16, 16),
+    *[(3, 16, 16, 16, 16)] * 4,
+    *[(3, 16, 16, 16, 16)] * 4,
+    (3, 16, 16, 16, 32),
+    (3, 16, 8, 32, 32),
+    (3, 8, 8, 32, 32),
+    (1, 16, 8, 32, 32),
+    *[(3, 8, 8, 32, 32)] * 2,
+    (3, 8, 3, 32, 32),
+)
 
+
+class TestCounts:
     @pytest.mark.parametrize(("part", "layers"), [("encoder", ENCODER), ("decoder", DECODER)])
     def test_of_a_network_are_those_by_hand(self, part, layers):
         counted = roofline.layers_at(small_network(), 32)[part]
@@ -89,21 +90,16 @@ class TestCounts:
         with torch.device("meta"):
             layers = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 2, 1))
         first, second = roofline.layers_of(layers, 1, 4, 6, 6)
-        assert (first.name, first.operations, first.elements) == (
-            "0",
-            *hand_count([(3, 4, 8, 6, 6)]),
-        )
-        assert (second.name, second.operations) == ("2", hand_count([(1, 8, 2, 6, 6)])[0])
+        assert first == roofline.Layer("0", *hand_count([(3, 4, 8, 6, 6)]))
+        assert second == roofline.Layer("2", *hand_count([(1, 8, 2, 6, 6)]))
 
     def test_grow_with_the_square_of_attention_alone(self):
         network = small_network()
         one, two = (roofline.layers_at(network, side)["encoder"] for side in (32, 64))
-        names = {
-            name for name, part in network.encoder.named_modules() if isinstance(part, Attention)
-        }
+        parts = network.encoder.named_modules()
+        names = {f"steps.0.{name}" for name, part in parts if isinstance(part, Attention)}
         for small, large in zip(one, two, strict=True):
-            attention = small.name.removeprefix("steps.0.") in names
-            assert (large.operations > 4 * small.operations) == attention
+            assert (large.operations > 4 * small.operations) == (small.name in names)
         assert names
 
     def test_the_floor_is_the_slower_of_both_for_each_layer(self):
@@ -151,7 +147,7 @@ class TestMiniatures:
             assert best["row"] == "ours"
             assert 0 < best["speedup"] < math.inf
             assert 0 <= best["error"] < 1e-4
-            assert best["error"] <= 1e-4 * max(1, best["error_to_deviation"])
+            assert 0 <= best["error_to_deviation"] < 1e-3
             assert 0 < best["peak_memory_ratio"] < math.inf
             stock = next(r for r in found["rows"] if (r["part"], r["row"]) == (part, "stock"))
             assert (stock["speedup"], stock["error"], stock["peak_memory_ratio"]) == (1, 0, 1)
@@ -184,7 +180,7 @@ class TestMiniatures:
             assert 0 < row["share_of_rate"] < math.inf
 
     def test_startup(self, tmp_path):
-        found, _ = result_of("startup", tmp_path, "--rounds", "1")
+        found, _ = result_of("startup", tmp_path, "--rounds", "1", "--cold")
         assert [row["command"].split(",")[0] for row in found["rows"]] == [
             "latent-ae --help",
             "latent-ae train",
