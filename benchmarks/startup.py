@@ -9,10 +9,10 @@ Seconds and processor seconds (of all threads) of fresh processes, up to what a 
 - `latent-ae encode`: the first shard, of four photographs, with a tiny network.
 
 The last two are killed there. --other does the same with the package of another checkout and that
-checkout's config; both take turns, and ratios are medians over the rounds. A first round does
-not count without --cold: Python writes its bytecode there, and `datasets` reads the photographs' folder into its
-cache, which lies in a temporary folder as everything here does. Nothing is fetched. Needs a POSIX
-system.
+checkout's config; both take turns, and ratios are medians over the rounds. A first round does not
+count without --cold: Python writes its bytecode there, and `datasets` reads the photographs' folder
+into its cache, which lies in a temporary folder as everything here does. Nothing is fetched. Needs
+a POSIX system.
 """
 
 import argparse
