@@ -27,20 +27,12 @@ its first step to the peak (Linux; elsewhere give --no-memory), so without weigh
 """
 
 import argparse
-import gc
 import json
 import os
-import platform
-import re
-import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from functools import partial
-from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from unittest.mock import patch
@@ -50,6 +42,16 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="latent-ae-train-step-")
 
 import torch
 from diffusers.training_utils import EMAModel
+from measuring import (
+    cell,
+    last_lines,
+    output_of_child,
+    peak_memory,
+    ratio,
+    record,
+    seconds_in_turns,
+    write_json,
+)
 from PIL import Image
 from skimage import data as photographs
 
@@ -69,11 +71,10 @@ VARIANTS = {
     "compile": {"compile": True},
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
+    "stock_layers": {"stock_layers": True},
 }
 COMPARED = ("l1", "lpips", "kl", "total", "adversarial", "adaptive_weight")
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}  # relative; what is left is rounding
-# glibc gives freed blocks back at once: gaps in its heap would count as the step's otherwise.
-TIDY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "9999", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 class Ours:
@@ -176,6 +177,7 @@ def arguments():
     add("--threads", type=int, help="of torch on the CPU")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--no-memory", action="store_true", help="leave out those columns")
+    add("--json", help="write the figures there too")
     add("--only", choices=["ours", "plain", "stock", *VARIANTS], help="this row alone")
     add("--measure-memory", action="store_true", help="print the bytes of that row, time nothing")
     return parser.parse_args()
@@ -246,84 +248,48 @@ def compare(ours, plain, precision):
         raise SystemExit("ours and plain do not compute the same losses: nothing to compare")
 
 
-def timed(actor, device):
-    """Seconds of one step, with the device idle before and after."""
-    began = time.perf_counter()
-    actor.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def seconds(args, names, batch, device):
     """Seconds of every timed step by row, taken in turn."""
     actors = {name: build(args, name, batch, device) for name in names}
     if "ours" in actors and "plain" in actors:
         compare(actors["ours"], actors["plain"], args.precision)
-    for actor in [*actors.values()] * 2:
-        timed(actor, device)  # for nothing: compilers and allocators settle
-    turns = [{name: timed(actors[name], device) for name in names} for _ in range(args.steps)]
-    return {name: [turn[name] for turn in turns] for name in names}
+    steps = {name: actor.step for name, actor in actors.items()}
+    seconds_in_turns(steps, 2, device)  # for nothing: compilers and allocators settle
+    return seconds_in_turns(steps, args.steps, device)
 
 
-def resident(field):
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most."""
-    # Not getrusage's: a child's ru_maxrss begins with its parent's.
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+def two_steps(actor):
+    """In the second, Adam's moments lie beside the activations."""
+    actor.step()
+    actor.step()
 
 
-def peak_memory(actor, device):
-    """Bytes at the peak of the first steps of this process."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of building is forgotten
-        before = resident("VmRSS")
-    for _ in range(2):  # in the second, Adam's moments lie beside the activations
-        actor.step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resident("VmHWM") - before
-
-
-def peak_in_child(name):
-    """The same in a fresh process, in which nothing else has left its traces."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name, "--measure-memory"]
-    return int(subprocess.check_output(command, env=os.environ | TIDY, text=True).split()[-1])
-
-
-def ratio(values, name, other):
-    """The median over rounds of one row's value to another's, as a cell."""
-    if name not in values or other not in values:
-        return "–"
-    pairs = zip(values[name], values[other], strict=True)
-    return f"{statistics.median(a / b for a, b in pairs):.2f}"
-
-
-def show(args, taken, peaks):
-    """Prints the table."""
+def figures(args, taken, peaks):
+    """A dict for each row: images/s, bytes, and the ratios of both to `plain` and `ours`."""
     speeds = {name: [args.batch / one for one in times] for name, times in taken.items()}
     memory = {name: [peak] for name, peak in peaks.items()}
+    return [
+        {
+            "row": f"ours, {name}" if name in VARIANTS else name,
+            "images_per_second": statistics.median(values),
+            "speed_to_plain": ratio(speeds, name, "plain"),
+            "speed_to_ours": ratio(speeds, name, "ours"),
+            "peak_memory": peaks.get(name),
+            "memory_to_plain": ratio(memory, name, "plain"),
+            "memory_to_ours": ratio(memory, name, "ours"),
+        }
+        for name, values in speeds.items()
+    ]
+
+
+def show(rows):
+    """Prints the table."""
     print("\n| step | images/s | to plain | to ours | peak (bytes) | to plain | to ours |")
     print("|-|-|-|-|-|-|-|")
-    for name, values in speeds.items():
-        cells = [f"ours, {name}" if name in VARIANTS else name, f"{statistics.median(values):.3g}"]
-        cells += [ratio(speeds, name, other) for other in ("plain", "ours")]
-        cells += [f"{peaks[name]:,}" if name in peaks else "–"]
-        cells += [ratio(memory, name, other) for other in ("plain", "ours")]
+    forms = ("", ".3g", ".2f", ".2f", ",", ".2f", ".2f")
+    for row in rows:
+        cells = [cell(value, form) for value, form in zip(row.values(), forms, strict=True)]
         print("| " + " | ".join(cells) + " |")
-
-
-def machine(device):
-    """The processor's name, and how much of it is used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-    return (
-        f"{found[1] if found else platform.processor()}, torch threads: {torch.get_num_threads()}"
-    )
 
 
 def main():
@@ -334,15 +300,18 @@ def main():
     torch.set_num_threads(args.threads or torch.get_num_threads())
     batch = photograph_batch(args)
     if args.measure_memory:
-        print(peak_memory(build(args, args.only or "ours", batch, device), device))
+        actor = build(args, args.only or "ours", batch, device)
+        print(peak_memory(lambda: two_steps(actor), device))
         return
     names = [args.only] if args.only else ["ours", "plain", "stock", *args.variants]
     # First, while this process holds nothing on the device yet.
-    peaks = {} if args.no_memory else {n: peak_in_child(n) for n in names}
-    show(args, seconds(args, names, batch, device), peaks)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"\n{time.strftime('%Y-%m-%d')}, {machine(device)}, {packages}")
-    print(f"`python benchmarks/train_step.py {shlex.join(sys.argv[1:])}`")
+    again = ("--measure-memory", "--only")
+    peaks = {} if args.no_memory else {n: int(output_of_child(__file__, *again, n)) for n in names}
+    rows = figures(args, seconds(args, names, batch, device), peaks)
+    show(rows)
+    run = record(device)
+    print(last_lines(run))
+    write_json(args.json, run | {"rows": rows})
 
 
 if __name__ == "__main__":
