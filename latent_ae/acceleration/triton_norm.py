@@ -71,6 +71,8 @@ def _kernels() -> ModuleType | None:
 
 def _launch(name: str, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
     """Runs a kernel on the device of its first tensor, which need not be the current one."""
+    # Said, as Triton's versions differ on it: multiply and add round once together.
+    options = {"enable_fp_fusion": True, **options}
     with torch.cuda.device_of(arguments[0]):
         getattr(_kernels(), name)[grid](*arguments, **options)
 
