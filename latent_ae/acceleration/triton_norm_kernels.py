@@ -1,5 +1,7 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 # Triton reads an argument's annotation as its type, and only `tl.constexpr` is one that it needs.
+# pyright: reportMissingImports=false, reportOperatorIssue=false
+# Some platforms have no Triton; where there is one, its sums have the type of a tuple too.
 """The kernels of `triton_norm`: importing this module imports Triton.
 
 Pictures are rows of pixels, contiguous over their channels. A program works on tiles of BLOCK_P
