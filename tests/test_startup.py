@@ -20,7 +20,6 @@ from latent_ae.losses.perceptual import _Undrawn
 UNUSED = {
     "train": ("latent_ae.training", {"torchmetrics", "torch_fidelity", "lpips", "pandas"}),
     "encode": ("latent_ae.latents", {"torchmetrics", "torch_fidelity", "lpips", "pandas"}),
-    "export": ("latent_ae.export", {"torchmetrics", "torch_fidelity", "lpips", "pandas"}),
 }
 
 
