@@ -16,12 +16,14 @@ from latent_ae.autoencoder import default_device
 from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
 from latent_ae.network_folders import folder_config, network_in, weights_sha256
+from latent_ae.networks import downsampling, spec_named
 from latent_ae.scaling import LatentScaling
 
 __all__ = ["PRECISIONS", "FrozenAutoencoder", "fast_precision", "posterior_of"]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PROBE_SIDE = 128  # pixels; the deepest autoencoder of images halves seven times at most
+_PROBE_LATENTS = 4  # side of the probe's latents, where the config tells the factor
 
 
 class FrozenAutoencoder:
@@ -151,7 +153,10 @@ class FrozenAutoencoder:
 
     def _probe(self) -> tuple[int, int]:
         self.downsampling = 1
-        image = torch.zeros(1, self.image_channels, _PROBE_SIDE, _PROBE_SIDE)
+        side = _PROBE_SIDE
+        if spec_named(self.class_name) is not None:  # a probe as small as it may be: seconds less
+            side = min(side, _PROBE_LATENTS * downsampling(self.network))
+        image = torch.zeros(1, self.image_channels, side, side)
         try:
             mean, logvar = self.encode(image)
             self.has_posterior = logvar is not None
@@ -164,7 +169,7 @@ class FrozenAutoencoder:
                 f"{self.path} holds a {self.class_name}, which takes no pictures of shape "
                 f"(B, {self.image_channels}, H, W): {reason}"
             ) from error
-        factor, rest = divmod(_PROBE_SIDE, mean.shape[-1])
+        factor, rest = divmod(side, mean.shape[-1])
         if mean.ndim != 4 or rest or decoded.shape != image.shape:
             raise UserError(
                 f"{self.path} holds a {self.class_name} that makes {tuple(decoded.shape)} of a "

@@ -118,9 +118,11 @@ def _set_decoder_(
     _write_(decoder.conv_in, *_fit(latents, target, kernel=3))
     hidden = decoder.mid_block(decoder.conv_in(latents))
     blocks = list(decoder.up_blocks)
+    coarse = hidden
     for block in blocks[:-1]:
         for resnet in block.resnets:  # pyright: ignore
             hidden = resnet(hidden, None)
+        coarse = hidden
         conv = block.upsamplers[0].conv  # pyright: ignore
         target = levels.pop()[:, : conv.out_channels]
         enlarged = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
@@ -128,10 +130,9 @@ def _set_decoder_(
         hidden = block.upsamplers[0](hidden)  # pyright: ignore
     last = _entrance(blocks[-1].resnets) or blocks[-2].upsamplers[0].conv  # pyright: ignore
     _pair_(last, images.shape[1], network.config["norm_num_groups"])
-    hidden = decoder.mid_block(decoder.conv_in(latents))
-    for block in blocks:
-        hidden = block(hidden)
-    activated = decoder.conv_act(decoder.conv_norm_out(hidden))
+    if last is blocks[-2].upsamplers[0].conv:  # pyright: ignore  # else nothing before has changed
+        hidden = blocks[-2].upsamplers[0](coarse)  # pyright: ignore
+    activated = decoder.conv_act(decoder.conv_norm_out(blocks[-1](hidden)))
     _write_(decoder.conv_out, *_fit(activated, images, kernel=1))
 
 
@@ -205,11 +206,13 @@ def _fit(inputs: Tensor, target: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
         A weight of shape (D, C, 3, 3) and a bias of shape (D,).
     """
     reach = kernel // 2
-    patches = functional.unfold(inputs, kernel).transpose(1, 2).flatten(0, 1)
-    inner = target[:, :, reach : target.shape[2] - reach, reach : target.shape[3] - reach]
-    wanted = inner.permute(0, 2, 3, 1).flatten(0, 2)
-    rows = torch.randperm(len(patches))[:_ROWS]
-    x, y = patches[rows].double(), wanted[rows].double()
+    patches = inputs.unfold(2, kernel, 1).unfold(3, kernel, 1)  # a view: (B, C, h′, w′, k, k)
+    count, _, height, width = patches.shape[:4]
+    # Only what the fit looks at is copied; all the neighbourhoods take gigabytes.
+    rows = torch.randperm(count * height * width)[:_ROWS]
+    image, top, left = rows // (height * width), rows // width % height, rows % width
+    x = patches[image, :, top, left].flatten(1).double()
+    y = target[image, :, top + reach, left + reach].double()
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
     normal = x.T @ x

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 from latent_ae.data import normalize, to_uint8
 from latent_ae.losses import PerceptualLoss
@@ -67,6 +63,9 @@ class ReconstructionMetrics:
             images: uint8 of shape (B, C, H, W).
             reconstruction: likewise.
         """
+        # Here, because it loads half of scipy: a run that does not validate yet need not wait.
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
         target, estimate = images.float() / 255, reconstruction.float() / 255
         error = (estimate - target).square().mean((1, 2, 3)).clamp(min=_SMALLEST_ERROR)
         values = {"psnr": -10 * error.log10()}
@@ -104,6 +103,8 @@ class ReconstructionMetrics:
 def _ms_ssim(estimate: Tensor, target: Tensor) -> Tensor:
     if min(target.shape[-2:]) < SMALLEST_MS_SSIM:
         return torch.full((len(target),), torch.nan)
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     # A negative contrast term (the pictures disagree) has no real power; relu is the usual answer.
     values = multiscale_structural_similarity_index_measure(
         estimate, target, data_range=1.0, reduction="none", normalize="relu"

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pandas.util import hash_array  # pyright: ignore[reportAttributeAccessIssue]
 
 from latent_ae.latents.files import write_whole
 from latent_ae.latents.format import index_bytes, picture_starts, record_of
@@ -58,6 +57,9 @@ def key_hashes(keys: pa.ChunkedArray) -> np.ndarray:
     """Eight bytes a key, to find those that occur twice without holding all."""
     if not len(keys):
         return np.empty(0, np.uint64)
+    # Here, because readers of latents have no other use for pandas.
+    from pandas.util import hash_array  # pyright: ignore[reportAttributeAccessIssue]
+
     return hash_array(  # pyright: ignore
         keys.to_numpy().astype(object)
     )

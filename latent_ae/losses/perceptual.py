@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import lpips
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from latent_ae.channels import as_rgb
 from latent_ae.errors import UserError
 
+if TYPE_CHECKING:
+    import lpips
+
 __all__ = ["PerceptualLoss", "load_backbone"]
 
 _NORM_EPSILON = 1e-10  # lpips.normalize_tensor's
+_DRAWS = {
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    # These come as a whole, before the calls of a tensor's that they make.
+    nn.init.kaiming_normal_,
+    nn.init.kaiming_uniform_,
+    nn.init.normal_,
+    nn.init.uniform_,
+}
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it, parameters keep what lay in their memory, and the random state stays.
+
+    For modules whose every parameter is loaded thereafter. Buffers are drawn as ever: those that no
+    file holds must be what the module makes them.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)
 
 
 def load_backbone(net: str, path: str | None = None, *, untrained: bool = False) -> lpips.LPIPS:
@@ -31,6 +68,8 @@ def load_backbone(net: str, path: str | None = None, *, untrained: bool = False)
     Raises:
         UserError: the file lacks weights of this backbone, or VGG16 is neither given nor fetched.
     """
+    import lpips  # here, because most verbs have no such distance and need not load its parts
+
     if untrained:
         path = None
     elif path is None and net == "alex":
@@ -41,7 +80,11 @@ def load_backbone(net: str, path: str | None = None, *, untrained: bool = False)
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         try:
             random = untrained or path is not None
-            model = lpips.LPIPS(net=net, pnet_rand=random, pretrained=not untrained, verbose=False)
+            # Drawing AlexNet's sixty million weights would take longer than all else here.
+            with nullcontext() if untrained else _Undrawn():
+                model = lpips.LPIPS(
+                    net=net, pnet_rand=random, pretrained=not untrained, verbose=False
+                )
         except Exception as error:  # urllib's, the hub's or the file system's
             raise UserError(
                 f"the {net} backbone of LPIPS cannot be fetched by torchvision ({error}); where "
