@@ -50,7 +50,7 @@ def training_memory(config: Config, network: Network, processes: int = 1) -> Tra
             freeze_encoder=config.network.freeze == "encoder",
         )
         if not config.training.stock_layers:
-            accelerate_autoencoder(model.network)
+            accelerate_autoencoder(model.network, channels_last=False)  # which changes no size
         if config.training.gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         model.train()
