@@ -35,21 +35,23 @@ def test_strips_are_the_whole_picture(stock, size, memory, tmp_path):
 
 
 def test_a_photograph_has_no_seams(tmp_path):
+    stock, exact = network().eval(), network().eval().double()
     fast = accelerate_autoencoder(network().eval(), memory=3e5, spill=tmp_path)
-    whole = accelerate_autoencoder(network().eval())
     picture = torch.tensor(photographs.chelsea()[:296, :448].copy()).permute(2, 0, 1)[None]
     images = picture / 127.5 - 1
     with torch.no_grad():
-        apart = encoded(fast, images) - encoded(whole, images)
-        latents = encoded(whole, images).chunk(2, 1)[0]
-        exact = whole.decode(latents).sample
-        error = (fast.decode(latents).sample - exact).abs()
-        whole.enable_tiling()
-        whole.tile_latent_min_size = 32
-        tiled = (whole.decode(latents).sample - exact).abs()
-    assert apart.abs().max() < 1e-5
-    assert error.max() < 3e-5
-    assert tiled.max() > 1000 * error.max()  # what strips avoid
+        codes = [encoded(one, images) for one in (stock, fast)]
+        codes = [(one - encoded(exact, images.double())).abs().max() for one in codes]
+        latents = encoded(stock, images).chunk(2, 1)[0]
+        true = exact.decode(latents.double()).sample
+        errors = [(one.decode(latents).sample - true).abs().max() for one in (stock, fast)]
+        stock.enable_tiling()
+        stock.tile_latent_min_size, stock.tile_sample_min_size = 32, 128
+        tiled = (stock.decode(latents).sample - true).abs().max()
+    # Rounding as that of the whole picture by stock layers, and nothing else.
+    assert codes[1] < 2 * codes[0]
+    assert errors[1] < 2 * errors[0]
+    assert tiled > 100 * errors[1]  # what strips avoid
 
 
 def test_small_pictures_and_training_go_through_whole(monkeypatch):

@@ -55,13 +55,13 @@ def convolve_upsampled(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE
     Returns:
         Of shape (B, K, 2 (H + sum(rows) − 2), 2 W).
     """
-    kernels = _folded(conv.weight)
-    x = F.pad(x, (1, 1, *rows))
-    tall, wide = x.shape[2] - 2, x.shape[3] - 2
+    # Each kernel over all of x, padded as it is: to cut x first would copy it four times.
+    first, last = 1 - rows[0], x.shape[2] - (1 - rows[1])
+    tall, wide = last - first, x.shape[3]
     parts = [
-        F.conv2d(x[:, :, i : i + tall + 1, j : j + wide + 1], kernels[i][j], conv.bias)
-        for i in range(2)
-        for j in range(2)
+        F.conv2d(x, kernel, conv.bias, padding=1)[:, :, first + i : last + i, j : j + wide]
+        for i, row in enumerate(_folded(conv.weight))
+        for j, kernel in enumerate(row)
     ]
     if without_graph(x, conv):
         shape, kind = (len(x), conv.out_channels, 2 * tall, 2 * wide), parts[0].dtype

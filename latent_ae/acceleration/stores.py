@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 __all__ = ["Budget", "ChannelMoments", "Rows", "Store", "strips"]
 
+_PART = 2**21  # values
+
 
 class ChannelMoments:
     """Mean and variance of each channel, gathered strip by strip in float64.
@@ -31,8 +33,13 @@ class ChannelMoments:
     def add(self, rows: Tensor) -> None:
         """Takes rows of shape (1, C, h, W) in."""
         pixels = rows.permute(0, 2, 3, 1).flatten(0, 2)
-        centre = pixels.mean(0, dtype=torch.float32)
-        square = (pixels - centre).square_().sum(0, dtype=torch.float32).double().cpu()
+        # In parts: large temporaries cost a CPU more in new pages than in arithmetic.
+        for part in pixels.split(max(1, _PART // pixels.shape[1])):
+            self._add(part.float())
+
+    def _add(self, pixels: Tensor) -> None:
+        centre = pixels.mean(0)
+        square = (pixels - centre).square_().sum(0).double().cpu()
         count, apart = len(pixels), centre.double().cpu() - self.mean
         total = self.pixels + count
         self.mean += apart * count / total

@@ -253,9 +253,15 @@ class _Activation:
         scale, shift = moments.affine(norm)
         self.scale, self.shift = (one[None, :, None, None] for one in (scale, shift))
         self.silu = silu
+        self.scratch = scale.new_empty(0)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        result = torch.addcmul(self.shift, rows.float(), self.scale)
+        """Of and to shape (1, C, h, W); valid until the next call."""
+        _, channels, height, width = rows.shape
+        if self.scratch.numel() < rows.numel():
+            self.scratch = self.scratch.new_empty(rows.numel())
+        result = self.scratch[: rows.numel()].view(1, height, width, channels).permute(0, 3, 1, 2)
+        torch.addcmul(self.shift, rows.float(), self.scale, out=result)
         return (F.silu(result, inplace=True) if self.silu else result).to(rows.dtype)
 
 

@@ -95,9 +95,9 @@ def _tiles(window: Tensor, kernels: Tensor, one: Tensor, two: Tensor) -> Tensor:
     gathered = _buffer(one, *shape).copy_(overlapping)
     torch.mm(inputs, gathered.view(_IN, -1), out=moved.view(_IN, -1))
     products = _buffer(one, _IN, count * across, filters)
-    for i in range(3):  # the kernel's rows
-        part, beta = moved[:, i * across : (i + count) * across], float(i > 0)
-        torch.baddbmm(products, part, kernels[:, i], beta=beta, out=products)
+    above, middle, below = (moved[:, i * across : (i + count) * across] for i in range(3))
+    torch.bmm(above, kernels[:, 0], out=products)
+    products.baddbmm_(middle, kernels[:, 1]).baddbmm_(below, kernels[:, 2])
     result = _buffer(two, _OUT, count * across * filters)
     torch.mm(outputs, products.view(_IN, -1), out=result)
     return result.view(_OUT, count, across, filters)
