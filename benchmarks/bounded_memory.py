@@ -19,17 +19,15 @@ On a GPU it is the peak of torch's allocator.
 
 import argparse
 import json
-import os
-import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from contestants import source
+from measuring import last_lines, record, resident, seconds_of, write_json
 
 from latent_ae import load_config
 from latent_ae.acceleration import accelerate_autoencoder
@@ -53,16 +51,9 @@ def arguments():
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--spill", help="folder for activations that a CPU has no memory for")
     add("--count", action="store_true", help="count alone")
-    add("--json", type=Path)
+    add("--json", help="a file for the numbers")
     add("--child", nargs=2, help=argparse.SUPPRESS)  # a row, and where its result goes
     return parser.parse_args()
-
-
-def network_of(args):
-    """The network with random weights, the same in each process."""
-    torch.manual_seed(0)
-    network = build_network(load_config(ROOT / f"configs/{args.network}.yaml").network)
-    return network.eval().requires_grad_(False).to(args.device)
 
 
 def activations(args):
@@ -72,7 +63,7 @@ def activations(args):
 
 def run_row(args, row, target):
     """One row in this process: writes its result, prints its seconds and bytes."""
-    network = network_of(args)
+    network = source(args.network).to(args.device)
     if row == "tiling":
         network.enable_tiling()
     elif row == "accelerated":
@@ -83,21 +74,17 @@ def run_row(args, row, target):
     channels = network.config["in_channels" if args.encode else "latent_channels"]
     side = side if args.encode else side // downsampling(network)
     x = torch.randn(1, channels, side, side).to(args.device)
-    began = time.perf_counter()
-    with torch.no_grad():
-        result = network.encode(x).latent_dist.mean if args.encode else network.decode(x).sample
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident_peak()
-    torch.save(result.cpu(), target)
+    results = []
+
+    def work():
+        with torch.no_grad():
+            found = network.encode(x).latent_dist.mean if args.encode else network.decode(x).sample
+        results.append(found)
+
+    seconds = seconds_of(work, torch.device(args.device))
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")
+    torch.save(results[0].cpu(), target)
     print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
-
-
-def resident_peak():
-    """The largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def measure(args, folder):
@@ -157,11 +144,9 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             found = measure(args, folder)
         show(args, found)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    print(f"\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {packages}")
-    print(f"`python benchmarks/bounded_memory.py {shlex.join(sys.argv[1:])}`")
+    run = record(torch.device(args.device))
+    print(last_lines(run))
+    write_json(args.json, {"rows": found, "run": run})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ __all__ = [
     "peak_memory",
     "ratio",
     "record",
+    "resident",
     "seconds_of",
     "seconds_in_turns",
     "write_json",

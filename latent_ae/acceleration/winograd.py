@@ -10,6 +10,7 @@ are smaller, and so is the error.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ _OUT, _IN = 4, 6  # outputs of a tile, and the inputs that it is computed from
 _POINTS = (0.0, 2**0.5, -(2**0.5), 0.5**0.5, -(0.5**0.5))
 _LEAST_CHANNELS = 64  # below, the transforms cost as much as what they save
 _LEAST_PIXELS = 1024  # below, transforming the weights does
+_LEAST_ROWS = 8  # of a block
 _BUFFER = 2**20  # values of one of two buffers: they stay in the processor's cache
 
 
@@ -57,30 +59,37 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, in
     kernels = (_matrices()[0] @ weight.permute(3, 2, 1, 0).reshape(3, -1)).view(
         _IN, 3, channels, filters
     )
-    row = _IN * across * max(channels, filters)
-    most = max(1, min(tall, _BUFFER // row - 2))
-    one, two = x.new_empty(2, row * (most + 2))
-    result = x.new_empty(batch, tall, across * _OUT, filters)
+    high, wide = _block(tall, across, max(channels, filters))
+    one, two = x.new_empty(2, _IN * wide * max(channels, filters) * (high + 2))
+    result = x.new_empty(batch, tall, across, _OUT, filters)
     for picture, target in zip(x.permute(0, 2, 3, 1), result, strict=True):
-        for start in range(0, tall, most):
-            count = min(most, tall - start)
-            window = _window(picture, start - rows[0], count + 2, across)
+        for top, left in product(range(0, tall, high), range(0, across, wide)):
+            size = min(high, tall - top), min(wide, across - left)
+            window = _window(picture, top - rows[0], _OUT * left - 1, size)
             tiles = _tiles(window, kernels, one, two).permute(1, 2, 0, 3)
-            place = target[start : start + count].view(count, across, _OUT, filters)
+            place = target[top : top + size[0], left : left + size[1]]
             if bias is None:
                 place.copy_(tiles)
             else:
                 torch.add(tiles, bias, out=place)
-    result = result.permute(0, 3, 1, 2)[..., :width]
+    result = result.flatten(2, 3).permute(0, 3, 1, 2)[..., :width]
     return result.contiguous(memory_format=torch.channels_last)
 
 
-def _window(picture: Tensor, top: int, count: int, across: int) -> Tensor:
-    """`count` rows of a picture of shape (H, W, C), with zeros where it has none."""
-    height, width = picture.shape[:2]
-    first, last = max(top, 0), min(top + count, height)
-    around = (0, 0, 1, across * _OUT + 1 - width, first - top, top + count - last)
-    return F.pad(picture[first:last], around)
+def _block(tall: int, across: int, channels: int) -> tuple[int, int]:
+    """Rows and tiles of a row to compute at a time: the two rows beyond them are done twice."""
+    values = _BUFFER // (_IN * channels)
+    wide = min(across, max(1, values // (_LEAST_ROWS + 2)))
+    return min(tall, max(1, values // wide - 2)), wide
+
+
+def _window(picture: Tensor, top: int, left: int, size: tuple[int, int]) -> Tensor:
+    """What so many rows and tiles see of a picture of shape (H, W, C), with zeros beyond it."""
+    bottom, right = top + size[0] + 2, left + size[1] * _OUT + 2
+    first, last = max(top, 0), min(bottom, picture.shape[0])
+    begin, end = max(left, 0), min(right, picture.shape[1])
+    around = (0, 0, begin - left, right - end, first - top, bottom - last)
+    return F.pad(picture[first:last, begin:end], around)
 
 
 def _tiles(window: Tensor, kernels: Tensor, one: Tensor, two: Tensor) -> Tensor:
