@@ -95,9 +95,8 @@ def checkpointed(network, images, name, whole):
     between = count(network, images, name).total
     blocks = {}
     for layer, size in whole.bytes.items():
-        blocks.setdefault(".".join(layer.split(".")[: 3 if "_blocks" in layer else 2]), []).append(
-            size
-        )
+        parts = layer.split(".")[: 3 if "_blocks" in layer else 2]
+        blocks.setdefault(".".join(parts), []).append(size)
     blocks.pop(OUTER)
     return between + max(map(sum, blocks.values()))
 

@@ -136,8 +136,40 @@ def result_of(script, tmp_path, *options):
     return json.loads(file.read_text()), done.stdout
 
 
+class TestTrainingMemory:
+    def test_is_counted_by_layer(self, tmp_path):
+        options = ("--network", "tiny", "--resolution", "64", "--precision", "fp32")
+        found, printed = result_of("training_memory", tmp_path, *options)
+        rows = found["rows"]["fp32"]
+        totals = rows["totals"]
+        assert totals["ours, checkpointing"] < totals["ours"] < 0.5 * totals["stock"]
+        for i, name in enumerate(("stock", "ours")):
+            assert sum(sizes[i] for sizes in rows["layers"].values()) == totals[name]
+        assert all(mine <= theirs for theirs, mine in rows["layers"].values())
+        assert f"`{found['run']['command']}`" in printed
+
+
 @pytest.mark.slow
 class TestMiniatures:
+    def test_bounded_memory(self, tmp_path):
+        options = ("--network", "tiny", "--resolution", "256", "--memory", "1.51", "--spill", ".")
+        found, _ = result_of("bounded_memory", tmp_path, *options)
+        rows = found["rows"]
+        assert list(rows) == ["whole", "tiling", "accelerated", "strips"]
+        assert "error" not in rows["whole"]
+        assert rows["accelerated"]["error"] < 1e-3
+        assert rows["strips"]["error"] < 1e-3 < rows["tiling"]["error"]
+        assert all(0 < row["peak_bytes"] < math.inf for row in rows.values())
+
+    def test_bounded_memory_is_counted(self, tmp_path):
+        small, large = (
+            result_of("bounded_memory", tmp_path, "--count", "--resolution", side)[0]["rows"]
+            for side in ("4096", "8192")
+        )
+        assert large["activations"] == 4 * small["activations"]
+        assert large["attention"] == 4 * small["attention"]
+        assert small["result"] == 3 * 4096**2 * 4
+
     def test_inference(self, tmp_path):
         options = ("--network", "tiny", "--resolution", "64", "--rounds", "1")
         found, printed = result_of("inference", tmp_path, *options)
