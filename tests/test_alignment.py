@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import photograph_tensor
+from diffusers.models.upsampling import Upsample2D
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_ae import UserError
@@ -253,8 +254,10 @@ def test_the_share_costs_no_backward_pass(run):
         with _Backwards() as backwards:
             _accumulate(one, images)
         counts.append(backwards.count)
-    convolutions = [m for m in one.network.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert counts == [len(convolutions)] * 2
+    modules = list(one.network.modules())
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in modules)
+    upsamplings = sum(isinstance(m, Upsample2D) for m in modules)  # four convolutions each
+    assert counts == [convolutions + 3 * upsamplings] * 2
 
 
 def test_the_share_has_no_scale_and_survives_a_gradient_that_is_gone():

@@ -54,7 +54,7 @@ def accelerate_autoencoder(
         if channels_last and isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if (fast := fast_class(module)) is not None:
-            module.__class__ = fast
+            module.__class__ = fast  # pyright: ignore[reportAttributeAccessIssue]
     if memory is not None:
         _bound(network, memory, spill)
     if compile:

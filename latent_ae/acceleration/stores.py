@@ -218,7 +218,7 @@ class _InFile(Store):
 
     def _each(self, rows: Tensor, first: int, move: Any) -> None:
         """Moves all bytes of a contiguous tensor; a call of the system's moves 2 GB at most."""
-        view = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(rows.view(torch.uint8).numpy()).cast("B")  # pyright: ignore
         done = 0
         while done < len(view):
             moved = move(self._file.fileno(), [view[done:]], first * self._row + done)
