@@ -84,9 +84,9 @@ def measure_precision(network: Any, images: Tensor) -> PrecisionEvidence:
         images: of shape (B, C, H, W), in [-1, 1], on its device, of sides that its factor divides.
     """
     low = {}
-    with full_precision():  # TF32 is as rough as fp16, which it would have to judge
-        with stock_layers(network):  # each layer is looked at, so each has to be called
-            layers, exact = _largest_activations(network, images)
+    # TF32 is as rough as fp16, which it would have to judge. Pipelines run stock layers.
+    with full_precision(), stock_layers(network):
+        layers, exact = _largest_activations(network, images)
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
             # torch's own `to`: diffusers' warns of layers that it would keep in fp32, even of none.
             smaller = nn.Module.to(copy.deepcopy(network), dtype)

@@ -126,3 +126,41 @@ def test_moments_survive_a_large_mean():
     exact = norm.double()(rows.double())
     found = rows.double() * scale[None, :, None, None] + shift[None, :, None, None]
     torch.testing.assert_close(found, exact.detach(), rtol=0, atol=2e-3)
+
+
+def test_the_memory_of_a_host_stands_behind_that_of_a_device():
+    budget = stores.Budget(memory=10)
+    like = torch.empty(0)
+    store = stores._OnHost((4, 6, 5), 4 * 6 * 5 * 4, budget, like)
+    budget.held += store.size
+    picture = torch.randn(1, 4, 6, 5)
+    for first, last in stores.strips(6, 4):
+        store.write(first, picture[:, :, first:last])
+    assert torch.equal(store.rows(1, 6), picture[:, :, 1:6])
+    assert store.moments().pixels == 30
+    store.free()
+    assert (budget.held, budget.free) == (0, 8)
+
+
+def test_a_file_system_that_cannot_reserve_is_taken(monkeypatch, tmp_path):
+    fast = accelerate_autoencoder(network().eval())
+
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    images = photograph(48)
+    with torch.no_grad():
+        exact = fast.encoder(images)
+        monkeypatch.setattr(stores.os, "posix_fallocate", unsupported)
+        found = in_strips(fast.encoder, images, 1e4, tmp_path)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_exporters_get_the_whole_picture():
+    fast = accelerate_autoencoder(network().eval(), memory=1e4)
+    exported = torch.export.export(fast.decoder, (torch.randn(1, 4, 16, 16),))
+    latents = torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            exported.module()(latents), fast.decoder(latents), rtol=1e-4, atol=1e-4
+        )

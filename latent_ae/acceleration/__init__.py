@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from latent_ae.acceleration.layers import FAST, all_fast, fast_class
+from latent_ae.acceleration.layers import FAST, fast_class, goes_in_strips
 from latent_ae.errors import UserError
 
 __all__ = ["accelerate_autoencoder", "accelerated_layers", "stock_layers"]
@@ -30,8 +31,9 @@ def accelerate_autoencoder(
     """Makes an autoencoder of diffusers' compute the same in less time and memory, in place.
 
     Weights, names, config and `save_pretrained` stay as they are. The layers of `AutoencoderKL` and
-    its kin get forward passes of ours; layers that do more than stock ones (adapters, other
-    processors of attention) keep theirs.
+    its kin get forward passes of ours; layers that do more than stock ones (adapters, hooks,
+    other processors of attention) run theirs, also where they get them later. What is not there:
+    gradients of gradients and `torch.func`'s transforms (within `stock_layers` both are).
 
     Args:
         network: any of diffusers' autoencoders, in training or not.
@@ -48,18 +50,27 @@ def accelerate_autoencoder(
         The same network.
 
     Raises:
-        UserError: `memory` is given, and layers of the network are not stock ones.
+        UserError: `memory` is no number of bytes, or layers of the network are not stock ones, or
+            there is no folder `spill`. Nothing is changed then.
     """
-    for module in network.modules():
-        if channels_last and isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if (fast := fast_class(module)) is not None:
-            module.__class__ = fast  # pyright: ignore[reportAttributeAccessIssue]
-    if memory is not None:
-        _bound(network, memory, spill)
-    if compile:
-        for block in _blocks(network):
-            block.compile(dynamic=False)
+    _require(memory, spill)
+    changed = [(m, fast) for m in network.modules() if (fast := fast_class(m)) is not None]
+    _set_classes(changed)
+    coders = _coders(network)
+    if memory is not None and not (coders and all(map(goes_in_strips, coders))):
+        _set_classes((module, _STOCK[fast]) for module, fast in changed)
+        raise UserError(
+            f"memory: strips know stock layers of AutoencoderKL and its kin; this "
+            f"{type(network).__name__} has others"
+        )
+    for coder in coders:
+        if type(coder) in _STOCK:
+            coder.memory, coder.spill = math.inf if memory is None else float(memory), spill
+    convolutions = [m for m in network.modules() if channels_last and isinstance(m, nn.Conv2d)]
+    for module in convolutions:
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    for block in _blocks(coders) if compile else []:
+        block.compile(dynamic=False)
     return network
 
 
@@ -72,31 +83,35 @@ def accelerated_layers(network: nn.Module) -> int:
 def stock_layers(network: nn.Module) -> Iterator[None]:
     """Gives the layers their own forward passes back for a while, such as for hooks in them."""
     changed = [(m, type(m)) for m in network.modules() if type(m) in _STOCK]
-    for module, kind in changed:
-        module.__class__ = _STOCK[kind]
+    _set_classes((module, _STOCK[fast]) for module, fast in changed)
     try:
         yield
     finally:
-        for module, kind in changed:
-            module.__class__ = kind
+        _set_classes(changed)
 
 
-def _bound(network: Any, memory: float, spill: str | Path | None) -> None:
-    if memory <= 0:
+def _set_classes(changes: Iterable[tuple[nn.Module, type[nn.Module]]]) -> None:
+    for module, kind in changes:
+        module.__class__ = kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _require(memory: float | None, spill: str | Path | None) -> None:
+    if memory is not None and not memory > 0:
         raise UserError(f"memory is {memory}, not a number of bytes above 0")
-    for coder in (network.encoder, network.decoder):
-        if type(coder) not in _STOCK or not all_fast(coder):
-            raise UserError(
-                f"memory: strips know stock layers of AutoencoderKL and its kin; this "
-                f"{type(network).__name__} has others"
-            )
-        coder.memory, coder.spill = float(memory), spill
+    if spill is not None and not Path(spill).is_dir():
+        raise UserError(f"spill: there is no folder {spill}")
 
 
-def _blocks(network: Any) -> list[nn.Module]:
+def _coders(network: Any) -> list[Any]:
+    """Encoder and decoder, where a network has them."""
+    found = (getattr(network, name, None) for name in ("encoder", "decoder"))
+    return [coder for coder in found if coder is not None]
+
+
+def _blocks(coders: list[Any]) -> list[nn.Module]:
     """The units to compile: blocks that an encoder and a decoder consist of."""
     found: list[nn.Module] = []
-    for coder in (network.encoder, network.decoder):
+    for coder in coders:
         for name in ("down_blocks", "mid_block", "up_blocks", "layers"):
             part = getattr(coder, name, None)
             if part is not None:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latent_ae.acceleration.conditions import traced
 from latent_ae.acceleration.winograd import pays_off, winograd
 
-__all__ = ["WHOLE", "without_graph", "convolve", "convolve_halved", "convolve_upsampled"]
+__all__ = ["WHOLE", "keeps_no_graph", "convolve", "convolve_halved", "convolve_upsampled"]
 
 WHOLE = (1, 1)  # rows of zeros above and below: at both edges of a picture
 
@@ -23,7 +24,8 @@ def convolve(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE) -> Tenso
     """
     if conv.kernel_size == (1, 1):
         return conv(x)
-    if without_graph(x, conv) and pays_off(x, conv.weight):
+    direct = traced() or not pays_off(x, conv.weight)
+    if not direct and keeps_no_graph(x, conv.weight, conv.bias):
         return winograd(x, conv.weight, conv.bias, rows)
     if rows[0] != rows[1]:
         x, rows = F.pad(x, (0, 0, *rows)), (0, 0)
@@ -63,9 +65,9 @@ def convolve_upsampled(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE
         for i, row in enumerate(_folded(conv.weight))
         for j, kernel in enumerate(row)
     ]
-    if without_graph(x, conv):
-        shape, kind = (len(x), conv.out_channels, 2 * tall, 2 * wide), parts[0].dtype
-        result = torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
+    if keeps_no_graph(x, conv.weight, conv.bias):
+        shape, dtype = (len(x), conv.out_channels, 2 * tall, 2 * wide), parts[0].dtype
+        result = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
         for k, part in enumerate(parts):
             result[:, :, k // 2 :: 2, k % 2 :: 2] = part
         return result
@@ -90,8 +92,8 @@ def _folded(weight: Tensor) -> list[list[Tensor]]:
     ]
 
 
-def without_graph(x: Tensor, *modules: nn.Module) -> bool:
-    """Whether autograd has nothing to keep of an operation on x with these weights."""
+def keeps_no_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd has nothing to keep of an operation on these tensors."""
     if not torch.is_grad_enabled():
         return True
-    return not (x.requires_grad or any(p.requires_grad for m in modules for p in m.parameters()))
+    return not any(one.requires_grad for one in tensors if one is not None)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from latent_ae.acceleration import triton_norm
-from latent_ae.acceleration.convolution import convolve, without_graph
+from latent_ae.acceleration.conditions import traced
+from latent_ae.acceleration.convolution import convolve, keeps_no_graph
 
 __all__ = ["norm_silu", "norm_silu_convolve", "normalize_groups"]
 
@@ -39,14 +40,16 @@ class _Norm:
 
 def normalize_groups(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """GroupNorm of shape (B, C, H, W), under autocast too in the precision of x."""
+    if traced():
+        return norm(x)
     return _normalize(x, _Norm.of(norm))[0]
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """`silu(norm(x))` of x of shape (B, C, H, W); for the backward pass it keeps x alone."""
-    if torch.compiler.is_compiling():
+    if traced():
         return F.silu(norm(x))
-    if without_graph(x, norm):
+    if keeps_no_graph(x, norm.weight, norm.bias):
         return _forward(x, _Norm.of(norm))[0]
     return _NormSilu.apply(x, norm.weight, norm.bias, norm)
 
@@ -59,23 +62,23 @@ def norm_silu_convolve(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor
         norm: with weights.
         conv: of 3 × 3 with padding 1, or of 1 × 1.
     """
-    if torch.compiler.is_compiling():
+    if traced():
         return conv(F.silu(norm(x)))
-    if without_graph(x, norm, conv):
+    if keeps_no_graph(x, norm.weight, norm.bias, conv.weight, conv.bias):
         return convolve(_forward(x, _Norm.of(norm))[0], conv)
     return _NormSiluConvolve.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, norm, conv)
 
 
 def _normalize(x: Tensor, norm: _Norm) -> _Three:
     """The result, and mean and reciprocal standard deviation in fp32, of shape (B, groups)."""
-    weight, bias = _beside(x, norm.weight), _beside(x, norm.bias)
+    weight, bias = _in_type_of(x, norm.weight), _in_type_of(x, norm.bias)
     size = x.shape[2] * x.shape[3]
     shape = (len(x), x.shape[1], size)
     return torch.native_group_norm(x, weight, bias, *shape, norm.groups, norm.eps)
 
 
-def _beside(x: Tensor, weight: Tensor) -> Tensor:
-    """Only kernels for CPUs take weights of fp32 beside activations of 16 bits."""
+def _in_type_of(x: Tensor, weight: Tensor) -> Tensor:
+    """CUDA's kernels want weights of the activations' type; a CPU's take fp32 beside 16 bits."""
     return weight if x.device.type == "cpu" else weight.to(x.dtype)
 
 
@@ -86,7 +89,7 @@ def _forward(x: Tensor, norm: _Norm) -> _Three:
     return F.silu(result, inplace=True), mean, rstd
 
 
-def _again(x: Tensor, norm: _Norm, mean: Tensor, rstd: Tensor) -> Tensor:
+def _recompute(x: Tensor, norm: _Norm, mean: Tensor, rstd: Tensor) -> Tensor:
     """What `_forward` has given."""
     if triton_norm.available(x):
         return triton_norm.apply_group_norm_silu(x, norm.weight, norm.bias, mean, rstd)
@@ -99,7 +102,7 @@ def _backward(gradient: Tensor, x: Tensor, norm: _Norm, mean: Tensor, rstd: Tens
         return triton_norm.group_norm_silu_backward(gradient, x, norm.weight, norm.bias, mean, rstd)
     gradient = torch.ops.aten.silu_backward(gradient, _normalize(x, norm)[0])
     shape = (len(x), x.shape[1], x.shape[2] * x.shape[3])
-    weight = _beside(x, norm.weight)
+    weight = _in_type_of(x, norm.weight)
     at_x, at_weight, at_bias = torch.ops.aten.native_group_norm_backward(
         gradient, x, mean, rstd, weight, *shape, norm.groups, [True] * 3
     )
@@ -134,13 +137,12 @@ class _NormSiluConvolve(torch.autograd.Function):
         conv: nn.Conv2d,
     ) -> Tensor:
         activated, mean, rstd = _forward(x, _Norm.of(norm))
-        device = x.device.type
-        mixed = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
         ctx.save_for_backward(x, weight, bias, mean, rstd, kernel)
         ctx.norm = (norm.num_groups, norm.eps)
         ctx.biased, ctx.padding = offset is not None, conv.padding
-        return F.conv2d(activated, kernel, offset, padding=ctx.padding)
+        result = F.conv2d(activated, kernel, offset, padding=ctx.padding)
+        ctx.dtype = result.dtype  # autocast's, where it is on
+        return result
 
     @staticmethod
     @once_differentiable
@@ -150,7 +152,7 @@ class _NormSiluConvolve(torch.autograd.Function):
         learns = ctx.needs_input_grad
         at_activated, at_kernel, at_offset = torch.ops.aten.convolution_backward(
             gradient.to(ctx.dtype),
-            _again(x, norm, mean, rstd).to(ctx.dtype),
+            _recompute(x, norm, mean, rstd).to(ctx.dtype),
             kernel.to(ctx.dtype),
             [kernel.shape[0]] if ctx.biased else None,
             (1, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 __all__ = ["Budget", "ChannelMoments", "Rows", "Store", "strips"]
 
 _PART = 2**21  # values
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ChannelMoments:
@@ -23,24 +25,26 @@ class ChannelMoments:
 
     Args:
         channels: how many there are.
+        device: where the rows are.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.pixels = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.square = torch.zeros(channels, dtype=torch.float64)  # Σ (x − mean)²
+        self.mean, self.square = torch.zeros(2, channels, dtype=torch.float64, device=device)
+        # Of the latter: Σ (x − mean)².
 
     def add(self, rows: Tensor) -> None:
         """Takes rows of shape (1, C, h, W) in."""
         pixels = rows.permute(0, 2, 3, 1).flatten(0, 2)
         # In parts: large temporaries cost a CPU more in new pages than in arithmetic.
-        for part in pixels.split(max(1, _PART // pixels.shape[1])):
+        size = _PART if rows.device.type == "cpu" else 32 * _PART
+        for part in pixels.split(max(1, size // pixels.shape[1])):
             self._add(part.float())
 
     def _add(self, pixels: Tensor) -> None:
         centre = pixels.mean(0)
-        square = (pixels - centre).square_().sum(0).double().cpu()
-        count, apart = len(pixels), centre.double().cpu() - self.mean
+        square = (pixels - centre).square_().sum(0).double()
+        count, apart = len(pixels), centre.double() - self.mean
         total = self.pixels + count
         self.mean += apart * count / total
         self.square += square + apart.square() * self.pixels * count / total
@@ -53,11 +57,9 @@ class ChannelMoments:
         square = self.square.unflatten(0, (norm.num_groups, -1)) / self.pixels
         variance = (square + (groups - mean).square()).mean(1, keepdim=True)
         rstd = (variance + norm.eps).rsqrt().expand_as(groups).flatten()
-        weight, bias = norm.weight.double().cpu(), norm.bias.double().cpu()
-        scale = weight * rstd
-        shift = bias - mean.expand_as(groups).flatten() * scale
-        device = norm.weight.device
-        return scale.float().to(device), shift.float().to(device)
+        scale = norm.weight.double() * rstd
+        shift = norm.bias.double() - mean.expand_as(groups).flatten() * scale
+        return scale.float(), shift.float()
 
 
 class Rows(ABC):
@@ -127,11 +129,12 @@ class Store(Rows):
         self.shape, self.size, self.budget = shape, size, budget
         self._moments = ChannelMoments(shape[0])
 
-    def write(self, first: int, rows: Tensor) -> None:
+    def write(self, first: int, rows: Tensor, *, measure: bool = True) -> None:
         """Puts rows of shape (1, C, h, W) in; a first one at 0 begins their statistics anew."""
         if first == 0:
-            self._moments = ChannelMoments(self.shape[0])
-        self._moments.add(rows)
+            self._moments = ChannelMoments(self.shape[0], rows.device)
+        if measure:
+            self._moments.add(rows)
         self._put(first, rows.permute(0, 2, 3, 1)[0])
 
     def moments(self) -> ChannelMoments:
@@ -193,12 +196,14 @@ class _InFile(Store):
         super().__init__(shape, size, budget)
         folder = budget.spill
         self._dtype, self._row = like.dtype, size // shape[1]
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `free` closes it
+        self._file: Any = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115
         try:
-            reserve = getattr(os, "posix_fallocate", None)  # macOS has none
+            reserve = getattr(os, "posix_fallocate", None)  # Linux alone has it
             if reserve is not None:
                 reserve(self._file.fileno(), 0, size)
         except OSError as error:
+            if error.errno not in _NO_ROOM:  # a file system that cannot reserve
+                return
             self._file.close()
             raise OSError(
                 error.errno,
@@ -210,18 +215,19 @@ class _InFile(Store):
     def rows(self, first: int, last: int) -> Tensor:
         channels, _, width = self.shape
         rows = torch.empty(last - first, width, channels, dtype=self._dtype)
-        self._each(rows, first, os.preadv)
+        self._each(rows, first, self._file.readinto)
         return rows.permute(2, 0, 1)[None]
 
     def _put(self, first: int, rows: Tensor) -> None:
-        self._each(rows.contiguous(), first, os.pwritev)
+        self._each(rows.contiguous(), first, self._file.write)
 
     def _each(self, rows: Tensor, first: int, move: Any) -> None:
         """Moves all bytes of a contiguous tensor; a call of the system's moves 2 GB at most."""
         view = memoryview(rows.view(torch.uint8).numpy()).cast("B")  # pyright: ignore
+        self._file.seek(first * self._row)
         done = 0
         while done < len(view):
-            moved = move(self._file.fileno(), [view[done:]], first * self._row + done)
+            moved = move(view[done:])
             if not moved:
                 raise OSError("a file of activations ends too early")
             done += moved

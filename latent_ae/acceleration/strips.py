@@ -43,9 +43,13 @@ def whole_bytes(coder: Any, x: Tensor) -> int:
         elif upsampler_of(block) is not None:
             pixels *= 4
             largest = max(largest, pixels * block.resnets[-1].conv1.out_channels)
-    return _COPIES * largest * x.element_size()
+    device = x.device.type
+    mixed = torch.is_autocast_enabled(device)
+    size = torch.get_autocast_dtype(device).itemsize if mixed else x.element_size()
+    return _COPIES * largest * size
 
 
+@torch.compiler.disable
 def in_strips(coder: Any, x: Tensor, memory: float, spill: str | Path | None = None) -> Tensor:
     """What an encoder or a decoder makes of pictures, one after the other, without a graph.
 
@@ -60,7 +64,8 @@ def in_strips(coder: Any, x: Tensor, memory: float, spill: str | Path | None = N
         OSError: the folder has no room.
     """
     with torch.no_grad():
-        return torch.cat([_Picture(coder, memory, spill).run(one[None]) for one in x])
+        made = [_Picture(coder, memory, spill).run(one[None]) for one in x]
+    return made[0] if len(made) == 1 else torch.cat(made)  # which copies even one
 
 
 class _Picture:
@@ -120,7 +125,7 @@ class _Picture:
             window, edges = source.window(first - 1, last + 1)
             if shortcut is not None:
                 inner = window[:, :, 1 - edges[0] : window.shape[2] - (1 - edges[1])]
-                base.write(first, shortcut(inner))
+                base.write(first, shortcut(inner), measure=False)
             hidden.write(first, convolve(norm(window), block.conv1, edges))
 
         def second_half(first: int, last: int) -> None:
@@ -236,7 +241,7 @@ class _Upsampled(Rows):
     def moments(self) -> ChannelMoments:
         """Reads, and so computes, all rows."""
         channels, height, width = self.shape
-        found = ChannelMoments(channels)
+        found = ChannelMoments(channels, self.conv.weight.device)
         count = self.budget.rows_of(_row_bytes(self, channels, width), height)
         for first, last in strips(height, count):
             found.add(self.rows(first, last))

@@ -7,6 +7,7 @@ in fp32 and no result depends on the order in which programs run.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -92,7 +93,25 @@ def available(x: Tensor) -> bool:
     """
     interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     fits = x.ndim == 4 and x.dtype in _TYPES
-    return fits and (x.is_cuda or interpreted) and _kernels() is not None
+    fits = fits and type(x) in (Tensor, torch.nn.Parameter)  # none without storage
+    if not fits or _kernels() is None:
+        return False
+    return interpreted or (x.is_cuda and _works(x.device, x.dtype))
+
+
+@cache
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels can be built: Triton wants a C compiler, and GPUs that know the type."""
+    x = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
+    weight = torch.ones(8, device=device)
+    try:
+        _, mean, rstd = group_norm_silu(x, weight, weight, 2, 1e-6)
+        group_norm_silu_backward(x, x, weight, weight, mean, rstd)
+    except Exception as error:  # whatever a compiler raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton's kernels do not run here, torch's do: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ are smaller, and so is the error.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial import polynomial
 from torch import Tensor
 
 __all__ = ["pays_off", "winograd"]
@@ -34,7 +35,8 @@ def pays_off(x: Tensor, weight: Tensor) -> bool:
         weight: of shape (K, C, 3, 3).
     """
     return (
-        x.device.type == "cpu"
+        type(x) is Tensor  # none of a mode that records or counts
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and min(weight.shape[:2]) >= _LEAST_CHANNELS
@@ -54,9 +56,10 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[int, in
     Returns:
         Of shape (B, K, H + sum(rows) − 2, W), in channels_last memory.
     """
+    x = x.contiguous(memory_format=torch.channels_last)  # `_tiles` steps over channels
     batch, channels, height, width = x.shape
     filters, tall, across = len(weight), height + sum(rows) - 2, -(-width // _OUT)
-    kernels = (_matrices()[0] @ weight.permute(3, 2, 1, 0).reshape(3, -1)).view(
+    kernels = (_matrices(x)[0] @ weight.permute(3, 2, 1, 0).reshape(3, -1)).view(
         _IN, 3, channels, filters
     )
     high, wide = _block(tall, across, max(channels, filters))
@@ -94,7 +97,7 @@ def _window(picture: Tensor, top: int, left: int, size: tuple[int, int]) -> Tens
 
 def _tiles(window: Tensor, kernels: Tensor, one: Tensor, two: Tensor) -> Tensor:
     """Outputs of shape (4, rows, tiles, K) of a window; `one` and `two` are to compute in."""
-    _, inputs, outputs = _matrices()
+    _, inputs, outputs = _matrices(window)
     channels, filters = kernels.shape[2:]
     count, across = window.shape[0] - 2, (window.shape[1] - 2) // _OUT
     line, column, _ = window.stride()
@@ -117,29 +120,25 @@ def _buffer(whole: Tensor, *shape: int) -> Tensor:
     return whole[: size.numel()].view(size)
 
 
-@lru_cache
-def _matrices() -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(like: Tensor) -> list[Tensor]:
     """What transforms kernels (6 × 3), inputs (6 × 6) and products (4 × 6)."""
-    points = torch.tensor(_POINTS, dtype=torch.float64)
-    kernel = torch.zeros(_IN, 3, dtype=torch.float64)
-    inputs = torch.zeros(_IN, _IN, dtype=torch.float64)
-    outputs = torch.zeros(_OUT, _IN, dtype=torch.float64)
+    return [like.new_tensor(one) for one in _NUMBERS]
+
+
+def _numbers() -> list[list[list[float]]]:
+    """The same as lists: a tensor that is kept could be one of another mode or device."""
+    points = np.array(_POINTS)
+    kernel, inputs, outputs = np.zeros((_IN, 3)), np.zeros((_IN, _IN)), np.zeros((_OUT, _IN))
     for i, point in enumerate(points):
-        others = torch.cat([points[:i], points[i + 1 :]])
-        kernel[i] = point ** torch.arange(3) / (point - others).prod()
-        inputs[i, : len(points)] = _polynomial(others)
-        outputs[:, i] = point ** torch.arange(_OUT)
+        others = np.delete(points, i)
+        kernel[i] = point ** np.arange(3) / np.prod(point - others)
+        inputs[i, : len(points)] = polynomial.polyfromroots(others)
+        outputs[:, i] = point ** np.arange(_OUT)
     kernel[-1, -1] = outputs[-1, -1] = 1  # the point at infinity
-    inputs[-1] = _polynomial(points)
+    inputs[-1] = polynomial.polyfromroots(points)
     # Rows of equal length: then no product is so large that it drowns the others.
-    length = kernel.norm(dim=1, keepdim=True)
-    return (kernel / length).float(), (inputs * length).float(), outputs.float()
+    length = np.linalg.norm(kernel, axis=1, keepdims=True)
+    return [(kernel / length).tolist(), (inputs * length).tolist(), outputs.tolist()]
 
 
-def _polynomial(roots: Tensor) -> Tensor:
-    """Coefficients, lowest first, of the polynomial of highest coefficient 1 with these roots."""
-    coefficients = torch.ones(1, dtype=torch.float64)
-    for root in roots:
-        shifted, scaled = F.pad(coefficients, (1, 0)), F.pad(coefficients, (0, 1))
-        coefficients = shifted - root * scaled
-    return coefficients
+_NUMBERS = _numbers()

@@ -41,7 +41,7 @@ class TrainingConfig(Section):
     """Memory layout of the network: faster convolutions, same numbers within rounding."""
     stock_layers: bool = False
     """Leave the network's forward passes to diffusers, instead of those of
-    `accelerate_autoencoder`, which keep a third of the activations for the backward pass."""
+    `accelerate_autoencoder`, which keep less than half of the activations for the backward pass."""
     gradient_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of storing them."""
     compile: bool = False
