@@ -10,56 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Budget", "ChannelMoments", "Rows", "Store", "strips"]
+from latent_ae.acceleration.moments import ChannelMoments
 
-_PART = 2**21  # values
+__all__ = ["Budget", "Rows", "Store", "strips"]
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class ChannelMoments:
-    """Mean and variance of each channel, gathered strip by strip in float64.
-
-    Chan, Golub & LeVeque (1979): no difference of large sums, so a large mean does no harm.
-
-    Args:
-        channels: how many there are.
-        device: where the rows are.
-    """
-
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self.pixels = 0
-        self.mean, self.square = torch.zeros(2, channels, dtype=torch.float64, device=device)
-        # Of the latter: Σ (x − mean)².
-
-    def add(self, rows: Tensor) -> None:
-        """Takes rows of shape (1, C, h, W) in."""
-        pixels = rows.permute(0, 2, 3, 1).flatten(0, 2)
-        # In parts: large temporaries cost a CPU more in new pages than in arithmetic.
-        size = _PART if rows.device.type == "cpu" else 32 * _PART
-        for part in pixels.split(max(1, size // pixels.shape[1])):
-            self._add(part.float())
-
-    def _add(self, pixels: Tensor) -> None:
-        centre = pixels.mean(0)
-        square = (pixels - centre).square_().sum(0).double()
-        count, apart = len(pixels), centre.double() - self.mean
-        total = self.pixels + count
-        self.mean += apart * count / total
-        self.square += square + apart.square() * self.pixels * count / total
-        self.pixels = total
-
-    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-        """GroupNorm with these statistics as scale and shift, fp32, each of shape (C,)."""
-        groups = self.mean.unflatten(0, (norm.num_groups, -1))
-        mean = groups.mean(1, keepdim=True)
-        square = self.square.unflatten(0, (norm.num_groups, -1)) / self.pixels
-        variance = (square + (groups - mean).square()).mean(1, keepdim=True)
-        rstd = (variance + norm.eps).rsqrt().expand_as(groups).flatten()
-        scale = norm.weight.double() * rstd
-        shift = norm.bias.double() - mean.expand_as(groups).flatten() * scale
-        return scale.float(), shift.float()
 
 
 class Rows(ABC):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from latent_ae.acceleration.attention import attend, heads_of
 from latent_ae.acceleration.convolution import convolve, convolve_halved, convolve_upsampled
-from latent_ae.acceleration.stores import Budget, ChannelMoments, Rows, Store, strips
+from latent_ae.acceleration.moments import ChannelMoments, affine
+from latent_ae.acceleration.stores import Budget, Rows, Store, strips
 
 __all__ = ["blocks_of", "downsampler_of", "in_strips", "upsampler_of", "whole_bytes"]
 
@@ -255,7 +256,8 @@ class _Activation:
     """GroupNorm with the statistics of the whole picture, and SiLU, of rows."""
 
     def __init__(self, moments: ChannelMoments, norm: nn.GroupNorm, silu: bool = True) -> None:
-        scale, shift = moments.affine(norm)
+        mean, rstd = moments.of_groups(norm.num_groups, norm.eps)
+        scale, shift = affine(mean, rstd, norm.weight, norm.bias)
         self.scale, self.shift = (one[None, :, None, None] for one in (scale, shift))
         self.silu = silu
         self.scratch = scale.new_empty(0)
