@@ -43,7 +43,9 @@ def normalize_groups(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """GroupNorm of shape (B, C, H, W), under autocast too in the precision of x."""
     if traced():
         return norm(x)
-    return _normalize(x, _Norm.of(norm))[0]
+    if keeps_no_graph(x, norm.weight, norm.bias):
+        return _normalize(x, _Norm.of(norm))[0]
+    return _native(x, _Norm.of(norm))[0]
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -74,6 +76,10 @@ def _normalize(x: Tensor, norm: _Norm) -> _Three:
     """The result, and mean and reciprocal standard deviation in fp32, of shape (B, groups)."""
     if _is_rough(x):
         return _normalize_exactly(x, norm)
+    return _native(x, norm)
+
+
+def _native(x: Tensor, norm: _Norm) -> _Three:
     weight, bias = _in_type_of(x, norm.weight), _in_type_of(x, norm.bias)
     size = x.shape[2] * x.shape[3]
     shape = (len(x), x.shape[1], size)
