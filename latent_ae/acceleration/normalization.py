@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from latent_ae.acceleration import triton_norm
 from latent_ae.acceleration.conditions import traced
 from latent_ae.acceleration.convolution import convolve, keeps_no_graph
-from latent_ae.acceleration.moments import ChannelMoments, affine
+from latent_ae.acceleration.moments import ChannelMoments
 
 __all__ = ["norm_silu", "norm_silu_convolve", "normalize_groups"]
 
@@ -43,8 +43,8 @@ def normalize_groups(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """GroupNorm of shape (B, C, H, W), under autocast too in the precision of x."""
     if traced():
         return norm(x)
-    if keeps_no_graph(x, norm.weight, norm.bias):
-        return _normalize(x, _Norm.of(norm))[0]
+    if keeps_no_graph(x, norm.weight, norm.bias) and _is_rough(x):
+        return _exactly(x, norm)
     return _native(x, _Norm.of(norm))[0]
 
 
@@ -53,7 +53,7 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     if traced():
         return F.silu(norm(x))
     if keeps_no_graph(x, norm.weight, norm.bias):
-        return _forward(x, _Norm.of(norm))[0]
+        return _infer(x, norm)
     return _NormSilu.apply(x, norm.weight, norm.bias, norm)
 
 
@@ -68,15 +68,8 @@ def norm_silu_convolve(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor
     if traced():
         return conv(F.silu(norm(x)))
     if keeps_no_graph(x, norm.weight, norm.bias, conv.weight, conv.bias):
-        return convolve(_forward(x, _Norm.of(norm))[0], conv)
+        return convolve(_infer(x, norm), conv)
     return _NormSiluConvolve.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, norm, conv)
-
-
-def _normalize(x: Tensor, norm: _Norm) -> _Three:
-    """The result, and mean and reciprocal standard deviation in fp32, of shape (B, groups)."""
-    if _is_rough(x):
-        return _normalize_exactly(x, norm)
-    return _native(x, norm)
 
 
 def _native(x: Tensor, norm: _Norm) -> _Three:
@@ -86,27 +79,21 @@ def _native(x: Tensor, norm: _Norm) -> _Three:
     return torch.native_group_norm(x, weight, bias, *shape, norm.groups, norm.eps)
 
 
-def _is_rough(x: Tensor) -> bool:
-    """Whether torch's kernel would lose digits that x has.
+def _exactly(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm of channels_last pictures in fp32 on a CPU, with statistics that keep their digits.
 
-    For channels_last memory on a CPU it subtracts mean² from the mean of squares, in fp32: with a
-    mean of ten deviations, two digits are gone.
+    torch's kernel takes mean² from the mean of squares there: with a mean of ten deviations, two
+    digits are gone. In training that does no harm, and more passes would.
     """
+    moments = ChannelMoments(*x.shape[:2])
+    moments.add(x)
+    scale, shift = moments.affine(norm)
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
+
+
+def _is_rough(x: Tensor) -> bool:
     fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     return fp32_on_cpu and not x.is_contiguous()
-
-
-def _normalize_exactly(x: Tensor, norm: _Norm) -> _Three:
-    x = x.contiguous(memory_format=torch.channels_last)
-    result = torch.empty_like(x)
-    means, rstds = (x.new_empty(len(x), norm.groups) for _ in range(2))
-    for i in range(len(x)):
-        moments = ChannelMoments(x.shape[1])
-        moments.add(x[i : i + 1])
-        means[i], rstds[i] = moments.of_groups(norm.groups, norm.eps)
-        scale, shift = affine(means[i], rstds[i], norm.weight, norm.bias)
-        torch.addcmul(shift[:, None, None], x[i], scale[:, None, None], out=result[i])
-    return result, means, rstds
 
 
 def _in_type_of(x: Tensor, weight: Tensor) -> Tensor:
@@ -114,10 +101,17 @@ def _in_type_of(x: Tensor, weight: Tensor) -> Tensor:
     return weight if x.device.type == "cpu" else weight.to(x.dtype)
 
 
+def _infer(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """`silu(norm(x))` without a graph."""
+    if _is_rough(x) and not triton_norm.available(x):
+        return F.silu(_exactly(x, norm), inplace=True)
+    return _forward(x, _Norm.of(norm))[0]
+
+
 def _forward(x: Tensor, norm: _Norm) -> _Three:
     if triton_norm.available(x):
         return triton_norm.group_norm_silu(x, norm.weight, norm.bias, norm.groups, norm.eps)
-    result, mean, rstd = _normalize(x, norm)
+    result, mean, rstd = _native(x, norm)
     return F.silu(result, inplace=True), mean, rstd
 
 
@@ -125,14 +119,14 @@ def _recompute(x: Tensor, norm: _Norm, mean: Tensor, rstd: Tensor) -> Tensor:
     """What `_forward` has given."""
     if triton_norm.available(x):
         return triton_norm.apply_group_norm_silu(x, norm.weight, norm.bias, mean, rstd)
-    return F.silu(_normalize(x, norm)[0], inplace=True)
+    return F.silu(_native(x, norm)[0], inplace=True)
 
 
 def _backward(gradient: Tensor, x: Tensor, norm: _Norm, mean: Tensor, rstd: Tensor) -> _Three:
     """Gradients at x, at the norm's weight and at its bias."""
     if triton_norm.available(x):
         return triton_norm.group_norm_silu_backward(gradient, x, norm.weight, norm.bias, mean, rstd)
-    gradient = torch.ops.aten.silu_backward(gradient, _normalize(x, norm)[0])
+    gradient = torch.ops.aten.silu_backward(gradient, _native(x, norm)[0])
     shape = (len(x), x.shape[1], x.shape[2] * x.shape[3])
     weight = _in_type_of(x, norm.weight)
     at_x, at_weight, at_bias = torch.ops.aten.native_group_norm_backward(

@@ -84,12 +84,12 @@ class Store(Rows):
 
     def __init__(self, shape: tuple[int, int, int], size: int, budget: Budget) -> None:
         self.shape, self.size, self.budget = shape, size, budget
-        self._moments = ChannelMoments(shape[0])
+        self._moments = ChannelMoments(1, shape[0])
 
     def write(self, first: int, rows: Tensor, *, measure: bool = True) -> None:
         """Puts rows of shape (1, C, h, W) in; a first one at 0 begins their statistics anew."""
         if first == 0:
-            self._moments = ChannelMoments(self.shape[0], rows.device)
+            self._moments = ChannelMoments(1, self.shape[0], rows.device)
         if measure:
             self._moments.add(rows)
         self._put(first, rows.permute(0, 2, 3, 1)[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from latent_ae.acceleration.attention import attend, heads_of
 from latent_ae.acceleration.convolution import convolve, convolve_halved, convolve_upsampled
-from latent_ae.acceleration.moments import ChannelMoments, affine
+from latent_ae.acceleration.moments import ChannelMoments
 from latent_ae.acceleration.stores import Budget, Rows, Store, strips
 
 __all__ = ["blocks_of", "downsampler_of", "in_strips", "upsampler_of", "whole_bytes"]
@@ -242,7 +242,7 @@ class _Upsampled(Rows):
     def moments(self) -> ChannelMoments:
         """Reads, and so computes, all rows."""
         channels, height, width = self.shape
-        found = ChannelMoments(channels, self.conv.weight.device)
+        found = ChannelMoments(1, channels, self.conv.weight.device)
         count = self.budget.rows_of(_row_bytes(self, channels, width), height)
         for first, last in strips(height, count):
             found.add(self.rows(first, last))
@@ -256,11 +256,9 @@ class _Activation:
     """GroupNorm with the statistics of the whole picture, and SiLU, of rows."""
 
     def __init__(self, moments: ChannelMoments, norm: nn.GroupNorm, silu: bool = True) -> None:
-        mean, rstd = moments.of_groups(norm.num_groups, norm.eps)
-        scale, shift = affine(mean, rstd, norm.weight, norm.bias)
-        self.scale, self.shift = (one[None, :, None, None] for one in (scale, shift))
+        self.scale, self.shift = moments.affine(norm)
         self.silu = silu
-        self.scratch = scale.new_empty(0)
+        self.scratch = self.scale.new_empty(0)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Of and to shape (1, C, h, W); valid until the next call."""
