@@ -418,15 +418,17 @@ def test_winograd_is_the_convolution(size, rows, bias, layout, buffer, monkeypat
 
 
 COMPILED = """
-import copy, torch
-from tests.test_acceleration import gradients, network, photograph
+import copy, sys
+sys.path.insert(0, "tests")
+from test_acceleration import gradients, network, photograph
 from latent_ae import accelerate_autoencoder
-stock = network()
+stock = network(widths=(16, 16))
 fast = accelerate_autoencoder(copy.deepcopy(stock), compile=True)
 images = photograph(32)
 theirs, ours = gradients(stock, images), gradients(fast, images)
 for name, gradient in theirs.items():
-    assert (ours[name] - gradient).abs().max() < 1e-3 * gradient.abs().max(), name
+    if not name.endswith("to_k.bias"):  # which is 0, as softmax takes no notice of it
+        assert (ours[name] - gradient).abs().max() < 1e-3 * gradient.abs().max(), name
 print("equal", len(theirs))
 """
 
