@@ -115,7 +115,7 @@ class _Coder(nn.Module):
     def _through(self, x: Tensor, blocks: Iterable[nn.Module]) -> Tensor:
         coder = cast(Any, self)
         if self._too_large(x):
-            return in_strips(self, x, self.memory, self.spill)
+            return in_strips(self, x, self.memory, self.spill)  # pyright: ignore[reportCallIssue]
         x = coder.conv_in(x)
         again = torch.is_grad_enabled() and coder.gradient_checkpointing
         for block in blocks:

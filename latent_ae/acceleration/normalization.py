@@ -85,7 +85,7 @@ def _exactly(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     torch's kernel takes mean² from the mean of squares there: with a mean of ten deviations, two
     digits are gone. In training that does no harm, and more passes would.
     """
-    moments = ChannelMoments(*x.shape[:2])
+    moments = ChannelMoments(len(x), x.shape[1])
     moments.add(x)
     scale, shift = moments.affine(norm)
     return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
