@@ -9,21 +9,19 @@ from torch import Tensor, nn
 from latent_ae.acceleration.conditions import traced
 from latent_ae.acceleration.winograd import pays_off, winograd
 
-__all__ = ["WHOLE", "keeps_no_graph", "convolve", "convolve_halved", "convolve_upsampled"]
+__all__ = ["keeps_no_graph", "convolve", "convolve_halved", "convolve_upsampled"]
 
 WHOLE = (1, 1)  # rows of zeros above and below: at both edges of a picture
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, rows: tuple[int, int] = WHOLE) -> Tensor:
-    """A convolution of 3 × 3 with padding 1, or of 1 × 1, of stride 1.
+    """A convolution of 3 × 3 with padding 1, of stride 1.
 
     Args:
         x: of shape (B, C, H, W).
         conv: its weights.
         rows: how many rows of zeros are above and below (0 where x holds rows of the neighbours).
     """
-    if conv.kernel_size == (1, 1):
-        return conv(x)
     direct = traced() or not pays_off(x, conv.weight)
     if not direct and keeps_no_graph(x, conv.weight, conv.bias):
         return winograd(x, conv.weight, conv.bias, rows)

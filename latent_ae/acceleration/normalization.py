@@ -63,7 +63,7 @@ def norm_silu_convolve(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor
     Args:
         x: of shape (B, C, H, W).
         norm: with weights.
-        conv: of 3 × 3 with padding 1, or of 1 × 1.
+        conv: of 3 × 3 with padding 1.
     """
     if traced():
         return conv(F.silu(norm(x)))

@@ -106,8 +106,7 @@ def _ready(model: Autoencoder, training: TrainingConfig, accelerator: Accelerato
     if training.channels_last and not sharded:  # FSDP2 wants contiguous weights; pictures suffice
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if not training.stock_layers:
-        layout = training.channels_last and not sharded
-        accelerate_autoencoder(model.network, channels_last=layout)
+        accelerate_autoencoder(model.network, channels_last=False)  # the layout is as asked by now
     if training.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
     if training.compile:
