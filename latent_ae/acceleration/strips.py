@@ -174,6 +174,7 @@ class _Picture:
             norm = _Activation(store.moments(), layer.group_norm, silu=False)
         inner = layer.to_k.out_features
         keys, values = (self.like.new_empty(1, height * width, inner) for _ in range(2))
+        heads = [one.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for one in (keys, values)]
 
         def tokens(rows: Tensor) -> Tensor:
             rows = rows if norm is None else norm(rows)
@@ -186,7 +187,6 @@ class _Picture:
         def answer(first: int, last: int) -> None:
             rows = store.rows(first, last)
             (query,) = heads_of(layer, tokens(rows), "q")
-            heads = [one.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for one in (keys, values)]
             found = attend(layer, query, *heads).unflatten(1, (last - first, width))
             found = found.permute(0, 3, 1, 2)
             found = found + rows if layer.residual_connection else found
