@@ -11,8 +11,8 @@ reads its input once and its weights once, and writes its output once. The secon
 addition and the scores of attention do not count.
 
 The floor is the sum over layers of the larger of operations / matrix rate and bytes / bandwidth.
-Both are measured here: the best of several large `torch.matmul`, and of several large copies (read
-and written bytes). On CUDA, fp32 multiplies in TF32 where convolutions do. It is a floor for direct
+Both are measured here: the best of several large `torch.matmul` and 1 × 1 convolutions, which a CPU
+may give to different libraries, and of several large copies (read and written bytes). On CUDA, fp32 multiplies in TF32 where convolutions do. It is a floor for direct
 convolutions of layers one by one, and no law: Winograd's algorithm, an upsampling that is folded
 into the convolution after it, and several layers in one pass, piece by piece, go below.
 
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from contestants import STOCK, build, decode, encode, photograph_batch, source
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
@@ -123,7 +124,7 @@ def floor(layers, rate, bandwidth, size):
 
 
 def matrix_rate(precision, device, rounds):
-    """Operations a second of the best of several large matrix products."""
+    """Operations a second of the best of several large matrix products, two ways."""
     best = 0.0
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
@@ -131,10 +132,12 @@ def matrix_rate(precision, device, rounds):
     for side in (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = torch.randn(2, side, side, device=device).to(PRECISIONS[precision])
         out = torch.empty_like(a)
-        work = partial(torch.matmul, a, b, out=out)
-        work()
-        seconds = min(seconds_of(work, device) for _ in range(rounds))
-        best = max(best, 2 * side**3 / seconds)
+        picture = a.T.reshape(1, side, side // 32, 32).contiguous(memory_format=torch.channels_last)
+        kernel = b.view(side, side, 1, 1)
+        for work in (partial(torch.matmul, a, b, out=out), partial(F.conv2d, picture, kernel)):
+            work()
+            seconds = min(seconds_of(work, device) for _ in range(rounds))
+            best = max(best, 2 * side**3 / seconds)
     torch.set_float32_matmul_precision(before)
     return best
 
