@@ -12,8 +12,9 @@ addition and the scores of attention do not count.
 
 The floor is the sum over layers of the larger of operations / matrix rate and bytes / bandwidth.
 Both are measured here: the best of several large `torch.matmul` and 1 × 1 convolutions, which a CPU
-may give to different libraries, and of several large copies (read and written bytes). On CUDA, fp32 multiplies in TF32 where convolutions do. It is a floor for direct
-convolutions of layers one by one, and no law: Winograd's algorithm, an upsampling that is folded
+may give to different libraries, and of several large copies (read and written bytes). On CUDA, fp32
+multiplies in TF32 where convolutions do. It is a floor for direct convolutions of layers one by
+one, and no law: Winograd's algorithm, an upsampling that is folded
 into the convolution after it, and several layers in one pass, piece by piece, go below.
 
 The second table has the times of `stock` (fp32, contiguous, and the other precision that the device

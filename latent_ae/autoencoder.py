@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_ae.bottlenecks import build_bottleneck, split_moments
-from latent_ae.config import AutoencoderConfig, misfit
+from latent_ae.bottlenecks import Bottleneck, build_bottleneck, split_moments
+from latent_ae.config import AnyBottleneck, AutoencoderConfig, misfit
 from latent_ae.errors import UserError
 from latent_ae.losses import Draw, GradientShare
 from latent_ae.network_folders import (
@@ -23,22 +23,23 @@ from latent_ae.network_folders import (
     weight_files,
     weights_sha256,
 )
+from latent_ae.network_kinds import Network, spec_of
 from latent_ae.networks import (
-    Network,
     build_network,
     downsampling,
     image_channels,
     load_network,
     require_divisible,
-    spec_of,
 )
 from latent_ae.outputs import Code, Reconstruction
+from latent_ae.quantized import QuantizedAutoencoder
 
 __all__ = [
     "WEIGHTS_FILE",
     "WEIGHT_VARIANTS",
     "Autoencoder",
     "build_network",
+    "decode_code",
     "decode_latents",
     "default_device",
     "downsampling",
@@ -115,6 +116,13 @@ def decode_latents(network: Network, latents: Tensor) -> Tensor:
     return decoded.sample
 
 
+def decode_code(network: Network, latents: Tensor) -> Tensor:
+    """Images of shape (B, C, H, W) of what a bottleneck gives, which is not quantised again."""
+    if isinstance(network, QuantizedAutoencoder):
+        return network.decode_entries(latents)
+    return decode_latents(network, latents)
+
+
 def reconstruct(network: Network, images: Tensor) -> Tensor:
     """The reconstruction from the posterior's mode: what is measured and shown.
 
@@ -152,7 +160,7 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(
-        self, network: Network, bottleneck: nn.Module, *, freeze_encoder: bool = False
+        self, network: Network, bottleneck: Bottleneck, *, freeze_encoder: bool = False
     ) -> None:
         super().__init__()
         self.network = network
@@ -171,10 +179,11 @@ class Autoencoder(nn.Module):
             UserError: `network.path` cannot be loaded, or the bottleneck does not fit what it
                 holds.
         """
-        network = build_network(config.network)
-        require_bottleneck(config.bottleneck.kind, network, config.network.path)
+        network = build_network(config.network, config.bottleneck)
+        require_bottleneck(config.bottleneck, network, config.network.path)
         frozen = config.network.freeze == "encoder"
-        return cls(network, build_bottleneck(config.bottleneck), freeze_encoder=frozen)
+        bottleneck = build_bottleneck(config.bottleneck, network, learns=not frozen)
+        return cls(network, bottleneck, freeze_encoder=frozen)
 
     def train(self, mode: bool = True) -> Autoencoder:
         """As of any module; a frozen encoder stays in eval mode: its BatchNorms must not move."""
@@ -210,25 +219,35 @@ class Autoencoder(nn.Module):
         if draw is not None and draw.kind == "transformed":
             target = draw.pictures(images, images.shape[-1] // latents.shape[-1])
             latents = draw.latents(latents)
-        return Reconstruction(decode_latents(self.network, latents).float(), code, target)
+        return Reconstruction(decode_code(self.network, latents).float(), code, target)
 
     def _encode(self, images: Tensor) -> Code:
         if not self.encoder_frozen:
             return self.bottleneck(encode_moments(self.network, images))
         with torch.no_grad():
             code = self.bottleneck(encode_moments(self.network, images))
-        return replace(code, loss_terms={})
+        return replace(code, loss_terms={}, penalties={})
 
 
-def require_bottleneck(kind: str, network: Network, path: str | None = None) -> None:
-    """Raises `UserError` unless a bottleneck of this kind suits what the network's encoder gives.
+def require_bottleneck(
+    bottleneck: AnyBottleneck, network: Network, path: str | None = None
+) -> None:
+    """Raises `UserError` unless a bottleneck suits what the network's encoder gives.
 
     Args:
-        kind: the bottleneck's.
+        bottleneck: its section.
         network: diffusers' autoencoder.
         path: where it was loaded from, for the sentence.
     """
     spec = spec_of(network)
     name = f"the {spec.name} in {path}" if path else f"diffusers' {spec.name}"
-    if reason := misfit(kind, name, spec.posterior):
+    if reason := misfit(bottleneck.kind, name, spec.bottlenecks):
         raise UserError(reason)
+    if isinstance(network, QuantizedAutoencoder):
+        wanted: dict[str, Any] = bottleneck.said()  # pyright: ignore[reportAttributeAccessIssue]
+        for key, value in wanted.items():
+            found = network.config[key]
+            found = tuple(found) if isinstance(found, list) else found
+            if found != value:
+                key = {"quantizer": "kind", "num_vq_embeddings": "codebook_size"}.get(key, key)
+                raise UserError(f"{name} has bottleneck.{key} {found}, not {value}: say it so")

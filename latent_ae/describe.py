@@ -11,7 +11,8 @@ from latent_ae.adversary import shape_of_discriminator
 from latent_ae.config import Config, DataConfig, LossesConfig, largest_cut
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
-from latent_ae.networks import Network, build_network, downsampling, image_channels
+from latent_ae.network_kinds import Network
+from latent_ae.networks import build_network, code_channels, downsampling, image_channels
 from latent_ae.refusals import refuse_misfit
 
 __all__ = ["describe"]
@@ -33,11 +34,11 @@ def describe(
     """
     if network is None:
         with torch.device("cpu" if config.network.path else "meta"):
-            network = build_network(config.network)
+            network = build_network(config.network, config.bottleneck)
     refuse_misfit(config, network)
     factor, side = downsampling(network), config.data.resolution
     pixels = image_channels(network) * side * side
-    channels = network.config["latent_channels"]
+    channels = code_channels(network)
     shape = (channels, side // factor, side // factor)
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     training = config.training

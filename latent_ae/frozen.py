@@ -16,7 +16,8 @@ from latent_ae.autoencoder import default_device
 from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
 from latent_ae.network_folders import folder_config, network_in, weights_sha256
-from latent_ae.networks import downsampling, spec_named
+from latent_ae.network_kinds import spec_named
+from latent_ae.networks import downsampling
 from latent_ae.scaling import LatentScaling
 
 __all__ = ["PRECISIONS", "FrozenAutoencoder", "fast_precision", "posterior_of"]

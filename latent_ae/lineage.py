@@ -11,7 +11,8 @@ from torch import Tensor
 from latent_ae.autoencoder import encoder_side
 from latent_ae.errors import UserError
 from latent_ae.network_folders import weights_sha256
-from latent_ae.networks import Network, load_network
+from latent_ae.network_kinds import Network
+from latent_ae.networks import load_network
 
 __all__ = ["latents_of", "readable_latents"]
 

@@ -13,7 +13,8 @@ from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import Autoencoder, image_channels, trained_parameters
 from latent_ae.bottlenecks import build_bottleneck
 from latent_ae.config import Config
-from latent_ae.networks import Network, network_like, untrained_network
+from latent_ae.network_kinds import Network
+from latent_ae.networks import network_like, untrained_network
 from latent_ae.objective import Objective
 
 __all__ = ["TrainingMemory", "count_saved_bytes", "training_memory"]
@@ -44,11 +45,9 @@ def training_memory(config: Config, network: Network, processes: int = 1) -> Tra
     """
     adversary, channels = config.adversary, image_channels(network)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Autoencoder(
-            network_like(network),
-            build_bottleneck(config.bottleneck),
-            freeze_encoder=config.network.freeze == "encoder",
-        )
+        frozen, alike = config.network.freeze == "encoder", network_like(network)
+        bottleneck = build_bottleneck(config.bottleneck, alike, learns=not frozen)
+        model = Autoencoder(alike, bottleneck, freeze_encoder=frozen)
         if not config.training.stock_layers:
             accelerate_autoencoder(model.network, channels_last=False)  # which changes no size
         if config.training.gradient_checkpointing:

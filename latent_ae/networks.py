@@ -1,27 +1,32 @@
-"""diffusers' networks: what differs between their classes, and where they come from."""
+"""diffusers' networks: where they come from, and what is asked of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
-from torch import Tensor, nn
+from diffusers import VQModel
 
-from latent_ae.config import AnyNetwork, NetworkConfig
+from latent_ae.config import (
+    AnyBottleneck,
+    AnyNetwork,
+    FSQConfig,
+    LFQConfig,
+    NetworkConfig,
+    VQConfig,
+    VQNetworkConfig,
+)
 from latent_ae.errors import UserError
 from latent_ae.network_folders import folder_config, network_in
+from latent_ae.network_kinds import NETWORKS, Network, NetworkSpec, class_names, spec_named, spec_of
+from latent_ae.stock_vq import quantized_of
 
 __all__ = [
-    "NETWORKS",
-    "Network",
-    "NetworkSpec",
     "build_network",
+    "code_channels",
     "downsampling",
     "image_channels",
     "load_network",
@@ -29,185 +34,76 @@ __all__ = [
     "require_checkpointing",
     "require_divisible",
     "require_statistics",
-    "spec_named",
-    "spec_of",
     "tidy_config",
     "untrained_network",
 ]
 
-Network: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderDC | AutoencoderTiny
 
+def build_network(network: AnyNetwork, bottleneck: AnyBottleneck | None = None) -> Network:
+    """The network of a config: loaded from its `path`, or with new weights.
 
-@dataclass(frozen=True)
-class NetworkSpec:
-    """What the rest of the package must know of one of diffusers' classes.
-
-    Attributes:
-        network: the class.
-        levels: the key of its config that has an entry for each level; each after the first halves
-            the side.
-        encoded: what the bottleneck takes, from what `encode` returns.
-        posterior: whether that are mean and log-variance, or latents alone.
-        added: keys that its constructor writes into its config and does not take; diffusers warns
-            of them wherever a config.json has them.
-        statistics: those of `latent-ae export` that its config can hold; without any, its latents
-            must not move.
-        upcasts: whether its config can say `force_upcast`.
-        checkpoints: whether it can compute activations again in the backward pass.
-        encoder: the modules before the latents.
-        decoder: the modules after them.
-        blocks: each a unit to shard or to compile, without the outer layers.
-        last_layer: the decoder's last convolution.
-        at_last_layer: the gradient at that convolution's output, from the network and the gradient
-            at the picture.
-    """
-
-    network: type[Any]
-    levels: str
-    encoded: Callable[[Any], Tensor]
-    posterior: bool
-    added: tuple[str, ...]
-    statistics: tuple[str, ...]
-    upcasts: bool
-    checkpoints: bool
-    encoder: Callable[[Any], list[nn.Module]]
-    decoder: Callable[[Any], list[nn.Module]]
-    blocks: Callable[[Any], list[nn.Module]]
-    last_layer: Callable[[Any], nn.Conv2d]
-    at_last_layer: Callable[[Any, Tensor], Tensor]
-
-    @property
-    def name(self) -> str:
-        """Of diffusers' class."""
-        return self.network.__name__
-
-
-def _present(*modules: nn.Module | None) -> list[nn.Module]:
-    """Those that there are and that have weights."""
-    return [m for m in modules if m is not None and any(True for _ in m.parameters())]
-
-
-def _dc_last_layer(network: AutoencoderDC) -> nn.Conv2d:
-    """Where nothing is computed at full size, the last convolution is in an upsampling block."""
-    last: Any = network.decoder.conv_out
-    return last if isinstance(last, nn.Conv2d) else last.conv
-
-
-def _dc_at_last_layer(network: AutoencoderDC, gradient: Tensor) -> Tensor:
-    last: Any = network.decoder.conv_out
-    shuffled = not isinstance(last, nn.Conv2d) and not last.interpolate
-    return F.pixel_unshuffle(gradient, 2) if shuffled else gradient
-
-
-def _tiny_blocks(network: AutoencoderTiny) -> list[nn.Module]:
-    layers = [*network.encoder.layers, *network.decoder.layers]
-    return [layer for layer in layers if hasattr(layer, "fuse")]  # AutoencoderTinyBlock
-
-
-_KL = NetworkSpec(
-    AutoencoderKL,
-    levels="block_out_channels",
-    encoded=lambda output: output.latent_dist.parameters,
-    posterior=True,
-    added=(),
-    statistics=("scale", "shift", "channels", "folded"),
-    upcasts=True,
-    checkpoints=True,
-    encoder=lambda n: _present(n.encoder, n.quant_conv),
-    decoder=lambda n: _present(n.post_quant_conv, n.decoder),
-    blocks=lambda n: _present(
-        *n.encoder.down_blocks, n.encoder.mid_block, n.decoder.mid_block, *n.decoder.up_blocks
-    ),
-    last_layer=lambda n: n.decoder.conv_out,
-    at_last_layer=lambda n, gradient: gradient,
-)
-NETWORKS = {
-    "kl": _KL,
-    # Loaded from a folder only. Its statistics are a BatchNorm's over patches of 2 × 2 latents,
-    # which pipelines read.
-    "flux2": replace(_KL, network=AutoencoderKLFlux2, statistics=(), upcasts=False),
-    "dc": NetworkSpec(
-        AutoencoderDC,
-        levels="encoder_block_out_channels",
-        encoded=lambda output: output.latent,
-        posterior=False,
-        added=(),
-        statistics=("scale",),
-        upcasts=False,
-        checkpoints=False,
-        encoder=lambda n: [n.encoder],
-        decoder=lambda n: [n.decoder],
-        blocks=lambda n: _present(*n.encoder.down_blocks, *n.decoder.up_blocks),
-        last_layer=_dc_last_layer,
-        at_last_layer=_dc_at_last_layer,
-    ),
-    "tiny": NetworkSpec(
-        AutoencoderTiny,
-        levels="encoder_block_out_channels",
-        encoded=lambda output: output.latents,
-        posterior=False,
-        added=("block_out_channels",),
-        statistics=("scale",),
-        upcasts=False,  # it has the key, but its constructor sets it to false
-        # diffusers' own leaves out the encoder's change from [-1, 1] to [0, 1].
-        checkpoints=False,
-        encoder=lambda n: [n.encoder],
-        decoder=lambda n: [n.decoder],
-        blocks=_tiny_blocks,
-        last_layer=lambda n: n.decoder.layers[-1],
-        at_last_layer=lambda n, gradient: 2 * gradient,  # its pictures are 2 · output − 1
-    ),
-}
-_BY_NAME = {spec.name: spec for spec in NETWORKS.values()}
-
-
-def spec_of(network: nn.Module) -> NetworkSpec:
-    """The entry of `NETWORKS` for one of its networks."""
-    return _BY_NAME[type(network).__name__]
-
-
-def spec_named(class_name: str) -> NetworkSpec | None:
-    """The entry of `NETWORKS` for a class of diffusers', if there is one."""
-    return _BY_NAME.get(class_name)
-
-
-def build_network(config: AnyNetwork) -> Network:
-    """The network of a config: loaded from `path`, or with new weights.
+    Args:
+        network: the section.
+        bottleneck: that of the same config; needed where it quantises.
 
     Raises:
         UserError: nothing that can be trained here lies at `path`, or it gives other channels than
             it takes.
     """
-    if config.path is not None:
-        network = load_network(config.path)
-        taken, given = (network.config.get(f"{side}_channels") for side in ("in", "out"))
-        if given not in (None, taken):
-            raise UserError(
-                f"network.path {config.path} takes {taken} channels and gives {given}; a network "
-                "to train gives as many as it takes"
-            )
-        return network
-    keys = config.model_dump(exclude={"kind", "path", "freeze", "init"})
-    if isinstance(config, NetworkConfig):
-        levels = len(config.block_out_channels)
-        keys |= {
-            "down_block_types": ("DownEncoderBlock2D",) * levels,
-            "up_block_types": ("UpDecoderBlock2D",) * levels,
-            "use_post_quant_conv": config.use_quant_conv,
-            "out_channels": config.in_channels,
+    if network.path is not None:
+        return _to_train(network.path)
+    keys = network.model_dump(exclude={"kind", "path", "freeze", "init"})
+    if isinstance(network, NetworkConfig):
+        keys |= _blocks(network.block_out_channels) | {
+            "use_post_quant_conv": network.use_quant_conv,
+            "out_channels": network.in_channels,
         }
-    elif config.kind == "tiny":
-        keys["out_channels"] = config.in_channels
-    return NETWORKS[config.kind].network(**keys, scaling_factor=1.0)  # until export measures it
+    elif isinstance(network, VQNetworkConfig):
+        assert isinstance(bottleneck, VQConfig | FSQConfig | LFQConfig), (
+            "what quantises is not said"
+        )
+        channels = network.channels_for(bottleneck)
+        keys |= _blocks(network.block_out_channels) | {
+            "out_channels": network.in_channels,
+            "vq_embed_dim": channels,
+            "latent_channels": network.latent_channels or channels,
+            **bottleneck.said(),
+        }
+    elif network.kind == "tiny":
+        keys["out_channels"] = network.in_channels
+    return NETWORKS[network.kind].network(**keys, scaling_factor=1.0)  # until export measures it
+
+
+def _to_train(path: str) -> Network:
+    network = load_network(path)
+    taken, given = (network.config.get(f"{side}_channels") for side in ("in", "out"))
+    if given not in (None, taken):
+        raise UserError(
+            f"network.path {path} takes {taken} channels and gives {given}; a network to train "
+            "gives as many as it takes"
+        )
+    return network
+
+
+def _blocks(widths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
+    """The types of blocks, one a level, that diffusers wants told."""
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+    }
 
 
 def load_network(path: str | Path, dtype: torch.dtype = torch.float32) -> Network:
     """Loads an exported folder, or any of diffusers' that holds one of `NETWORKS`, from disk.
 
+    A `VQModel` comes as the `QuantizedAutoencoder` that does the same.
+
     Raises:
         UserError: there is no such folder, or it holds another class.
     """
     folder = Path(path)
+    if folder_config(folder)["_class_name"] == VQModel.__name__:
+        return quantized_of(network_in(folder, VQModel, dtype))
     return network_in(folder, _spec_in(folder).network, dtype)
 
 
@@ -215,7 +111,7 @@ def _spec_in(folder: Path) -> NetworkSpec:
     name = folder_config(folder)["_class_name"]
     spec = spec_named(name)
     if spec is None:
-        raise UserError(f"{folder} holds a {name}, not one of {', '.join(_BY_NAME)}")
+        raise UserError(f"{folder} holds a {name}, not one of {', '.join(class_names())}")
     return spec
 
 
@@ -256,6 +152,11 @@ def downsampling(network: Network) -> int:
 def image_channels(network: Network) -> int:
     """The channels C of the images that a network takes and gives."""
     return network.config["in_channels"]
+
+
+def code_channels(network: Network) -> int:
+    """The channels c of the latents that a network's bottleneck gives."""
+    return network.config.get("vq_embed_dim") or network.config["latent_channels"]
 
 
 def require_checkpointing(network: Network) -> None:

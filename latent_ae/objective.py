@@ -15,7 +15,8 @@ from latent_ae.losses.variance import (
     scaled_distance,
     unit_of,
 )
-from latent_ae.networks import Network, image_channels
+from latent_ae.network_kinds import Network
+from latent_ae.networks import code_channels, image_channels
 from latent_ae.outputs import Reconstruction
 
 __all__ = ["Losses", "Objective"]
@@ -48,6 +49,9 @@ class Objective(nn.Module):
     channel and stands in each D_c. The learned s is LDM's `logvar`
     (`ldm/modules/losses/contperceptual.py`), there left out of the optimizer; here it is this
     module's parameter.
+
+    The penalties of a quantiser (codebook, commitment, entropy) are means over latents and added as
+    they are, times λ, as in taming-transformers' `VQLPIPSWithDiscriminator`.
 
     An alignment adds weight · (cosine + distance). With its adaptive weight it adds the plain sum,
     as `GradientShare` weighs the gradients; that sum is not in the `total` of the terms.
@@ -94,7 +98,7 @@ class Objective(nn.Module):
             config.losses,
             config.bottleneck,
             channels=image_channels(network),
-            latent_channels=network.config["latent_channels"],
+            latent_channels=code_channels(network),
             untrained=untrained,
         )
 
@@ -122,6 +126,9 @@ class Objective(nn.Module):
         elements = images[0].numel()
         for name, term in reconstruction.code.loss_terms.items():
             terms[name] = term.mean() / elements
+            total = total + self.bottleneck_weight(step) * terms[name]
+        for name, penalty in reconstruction.code.penalties.items():
+            terms[name] = penalty.mean()
             total = total + self.bottleneck_weight(step) * terms[name]
         terms |= {"total": total, **reconstruction.code.statistics}
         if self.alignment is not None:

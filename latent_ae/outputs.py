@@ -21,11 +21,15 @@ class Code:
             elements of an image (for `kl`: nats per image). The objective turns them into units per
             image element.
         statistics: scalars worth logging, without gradient.
+        penalties: losses by name, each of shape (B,), that are means over latent values or
+            positions and weighed against each other: the objective adds them as they are, times
+            the bottleneck's weight.
     """
 
     latents: Tensor
     loss_terms: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    penalties: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -7,8 +7,8 @@ from latent_ae.autoencoder import require_bottleneck
 from latent_ae.config import SMALLEST_MEASURED, Config, colourless
 from latent_ae.errors import UserError
 from latent_ae.losses import Equivariance
+from latent_ae.network_kinds import Network
 from latent_ae.networks import (
-    Network,
     downsampling,
     image_channels,
     require_checkpointing,
@@ -21,7 +21,7 @@ __all__ = ["equivariance_of", "refuse_misfit"]
 
 def refuse_misfit(config: Config, network: Network) -> None:
     """Raises `UserError` where a run and the network it is to train do not fit together."""
-    require_bottleneck(config.bottleneck.kind, network, config.network.path)
+    require_bottleneck(config.bottleneck, network, config.network.path)
     if config.training.gradient_checkpointing:
         require_checkpointing(network)
     require_statistics(network, frozen=config.network.freeze == "encoder")

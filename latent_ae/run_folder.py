@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from latent_ae.config import Config
 from latent_ae.config_file import load_config
 from latent_ae.errors import UserError
-from latent_ae.networks import Network, load_network
+from latent_ae.network_kinds import Network
+from latent_ae.networks import load_network
 
 __all__ = ["RunFolder", "json_line", "judging_metric", "write_whole"]
 

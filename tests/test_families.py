@@ -19,7 +19,8 @@ from latent_ae.config_file import dump_yaml, load_config, parse_config
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.describe import describe
 from latent_ae.frozen import FrozenAutoencoder
-from latent_ae.networks import NETWORKS, network_like, spec_of, untrained_network
+from latent_ae.network_kinds import NETWORKS, spec_of
+from latent_ae.networks import network_like, untrained_network
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.run import LastInput
 

@@ -13,6 +13,7 @@ from latent_ae.config.losses import (
     PerceptualConfig,
 )
 from latent_ae.config.model import (
+    FITTING,
     AnyBottleneck,
     AnyNetwork,
     AutoencoderConfig,
@@ -22,12 +23,21 @@ from latent_ae.config.model import (
     misfit,
 )
 from latent_ae.config.protocol import PROTOCOLS, Protocol
+from latent_ae.config.quantizers import (
+    QUANTIZERS,
+    FSQConfig,
+    LFQConfig,
+    VQConfig,
+    VQNetworkConfig,
+)
 from latent_ae.config.run import Config, colourless
 from latent_ae.config.section import Section
 from latent_ae.config.training import TrainingConfig
 
 __all__ = [
+    "FITTING",
     "PROTOCOLS",
+    "QUANTIZERS",
     "SMALLEST_MEASURED",
     "AdversaryConfig",
     "AlignmentConfig",
@@ -44,6 +54,8 @@ __all__ = [
     "DistillationConfig",
     "EncodingSource",
     "EquivarianceConfig",
+    "FSQConfig",
+    "LFQConfig",
     "LossesConfig",
     "NetworkConfig",
     "NoBottleneckConfig",
@@ -55,6 +67,8 @@ __all__ = [
     "Storage",
     "TinyNetworkConfig",
     "TrainingConfig",
+    "VQConfig",
+    "VQNetworkConfig",
     "ValidationConfig",
     "bucket_sizes",
     "colourless",

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from latent_ae.config.section import Section
 
-__all__ = ["DCNetworkConfig", "TinyNetworkConfig"]
+__all__ = ["DCNetworkConfig", "NewNetwork", "TinyNetworkConfig"]
 
 DCBlock = Literal["ResBlock", "EfficientViTBlock"]
 _DC_WIDTHS = (128, 256, 512, 512, 1024, 1024)
@@ -18,7 +18,7 @@ _DC_BLOCKS: tuple[DCBlock, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 _DC_SCALES = ((), (), (), (5,), (5,), (5,))
 
 
-class _NewNetwork(Section):
+class NewNetwork(Section):
     """A network without a posterior that is built anew; a folder's comes by `path` alone."""
 
     path: ClassVar[None] = None
@@ -40,7 +40,7 @@ class _NewNetwork(Section):
         return value
 
 
-class DCNetworkConfig(_NewNetwork):
+class DCNetworkConfig(NewNetwork):
     """diffusers' `AutoencoderDC` (Chen et al. 2024, arXiv:2410.10733), built anew."""
 
     kind: Literal["dc"]
@@ -113,7 +113,7 @@ class DCNetworkConfig(_NewNetwork):
         return 2 ** (len(self.encoder_block_out_channels) - 1)
 
 
-class TinyNetworkConfig(_NewNetwork):
+class TinyNetworkConfig(NewNetwork):
     """diffusers' `AutoencoderTiny` (TAESD's architecture), built anew."""
 
     kind: Literal["tiny"]

@@ -15,6 +15,13 @@ from pydantic import (
 )
 
 from latent_ae.config.families import DCNetworkConfig, TinyNetworkConfig
+from latent_ae.config.quantizers import (
+    QUANTIZERS,
+    FSQConfig,
+    LFQConfig,
+    VQConfig,
+    VQNetworkConfig,
+)
 from latent_ae.config.section import Section
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "AnyNetwork",
     "AutoencoderConfig",
     "BottleneckConfig",
+    "FITTING",
     "NetworkConfig",
     "NoBottleneckConfig",
     "misfit",
@@ -117,27 +125,36 @@ def _kind(value: Any) -> str:
 AnyNetwork = Annotated[
     Annotated[NetworkConfig, Tag("kl")]
     | Annotated[DCNetworkConfig, Tag("dc")]
-    | Annotated[TinyNetworkConfig, Tag("tiny")],
+    | Annotated[TinyNetworkConfig, Tag("tiny")]
+    | Annotated[VQNetworkConfig, Tag("vq")],
     Discriminator(_kind),
 ]
 AnyBottleneck = Annotated[
-    Annotated[BottleneckConfig, Tag("kl")] | Annotated[NoBottleneckConfig, Tag("none")],
+    Annotated[BottleneckConfig, Tag("kl")]
+    | Annotated[NoBottleneckConfig, Tag("none")]
+    | Annotated[VQConfig, Tag("vq")]
+    | Annotated[FSQConfig, Tag("fsq")]
+    | Annotated[LFQConfig, Tag("lfq")],
     Discriminator(_kind),
 ]
 
 
-def misfit(bottleneck: str, network: str, posterior: bool) -> str | None:
+def misfit(bottleneck: str, network: str, fitting: tuple[str, ...]) -> str | None:
     """Why a kind of bottleneck cannot stand in a network, in one sentence; None where it can.
 
     Args:
         bottleneck: its kind.
         network: what the sentence calls the network.
-        posterior: whether that network's encoder gives a posterior.
+        fitting: the kinds that can.
     """
-    if posterior == (bottleneck == "kl"):
+    if bottleneck in fitting:
         return None
-    wanted, has = ("kl", "a") if posterior else ("none", "no")
-    return f"{network} has {has} posterior: bottleneck.kind is {wanted} there, not {bottleneck!r}"
+    has = {"kl": "has a posterior", "none": "has no posterior"}.get(fitting[0], "gives codes")
+    return f"{network} {has}: bottleneck.kind is {' or '.join(fitting)} there, not {bottleneck!r}"
+
+
+# Which bottlenecks the networks of a kind take.
+FITTING = {"kl": ("kl",), "dc": ("none",), "tiny": ("none",), "vq": QUANTIZERS}
 
 
 class AutoencoderConfig(Section):
@@ -148,11 +165,26 @@ class AutoencoderConfig(Section):
     bottleneck: AnyBottleneck = BottleneckConfig()
     """What the network's latents go through; `kind: kl` where none is said."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _network_of_quantizer(cls, value: Any) -> Any:
+        """A bottleneck that quantises is enough said about the kind of network."""
+        if not isinstance(value, dict) or _kind(value.get("bottleneck")) not in QUANTIZERS:
+            return value
+        network = value.get("network", {})
+        if not isinstance(network, dict) or {"kind", "path"} & network.keys():
+            return value
+        return value | {"network": {"kind": "vq", **network}}
+
     @model_validator(mode="after")
     def _fitting(self) -> AutoencoderConfig:
         kind = self.network.kind
         if self.network.path is None and (
-            reason := misfit(self.bottleneck.kind, f"network.kind {kind}", kind == "kl")
+            reason := misfit(self.bottleneck.kind, f"network.kind {kind}", FITTING[kind])
         ):
             raise ValueError(reason)
+        if isinstance(self.network, VQNetworkConfig):
+            assert isinstance(self.bottleneck, VQConfig | FSQConfig | LFQConfig)
+            if reason := self.bottleneck.misfit_of(self.network.channels_for(self.bottleneck)):
+                raise ValueError(f"bottleneck: {reason}")
         return self

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from latent_ae.channels import has_colours
 from latent_ae.config import Config
 from latent_ae.export.stock import caveats
-from latent_ae.networks import NETWORKS, NetworkSpec, spec_named
+from latent_ae.network_kinds import NETWORKS, NetworkSpec, spec_named
 
 __all__ = ["model_card", "protocol_of", "without_paths"]
 

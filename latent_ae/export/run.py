@@ -28,7 +28,7 @@ from latent_ae.export.statistics import (
 from latent_ae.export.weights import parse_options, save_weights
 from latent_ae.folders import require_free, whole_folder
 from latent_ae.lineage import latents_of
-from latent_ae.networks import Network, spec_of
+from latent_ae.network_kinds import Network, spec_of
 from latent_ae.precision import PrecisionEvidence, measure_precision
 from latent_ae.run_folder import RunFolder
 from latent_ae.scaling import LatentScaling, LatentStatistics

@@ -14,7 +14,7 @@ from latent_ae.bottlenecks import LOGVAR_RANGE
 from latent_ae.config import Config, DataConfig
 from latent_ae.data import TrainingStream, normalize, source_of
 from latent_ae.errors import UserError
-from latent_ae.networks import Network, NetworkSpec
+from latent_ae.network_kinds import Network, NetworkSpec
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
 __all__ = [

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from latent_ae.autoencoder import WEIGHT_VARIANTS, reconstruct
 from latent_ae.errors import UserError
 from latent_ae.frozen import PRECISIONS
-from latent_ae.networks import Network, tidy_config
+from latent_ae.network_kinds import Network
+from latent_ae.networks import tidy_config
 
 __all__ = ["VARIANTS", "parse_options", "save_weights"]
 

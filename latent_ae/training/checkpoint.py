@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary
 from latent_ae.autoencoder import WEIGHTS_FILE, trained_parameters
+from latent_ae.bottlenecks import Bottleneck
 from latent_ae.errors import UserError
 from latent_ae.losses import save_discriminator
-from latent_ae.networks import Network, tidy_config
+from latent_ae.network_kinds import Network
+from latent_ae.networks import tidy_config
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.sharding import fill_, like_parameters, whole
@@ -36,6 +38,7 @@ class Checkpoint:
 
     accelerator: Accelerator
     network: Network
+    bottleneck: Bottleneck
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     adversary: Adversary | None
@@ -96,6 +99,7 @@ class Checkpoint:
         state = {
             "network": self.network.state_dict(),
             "ema": averaged_state(self.network, self.ema) if self.ema else None,
+            "bottleneck": dict(self.bottleneck.named_buffers()),
             "objective": {name: parameter.detach() for name, parameter in trained.items()},
             "optimizer": self.optimizer.state_dict(),
         }
@@ -115,6 +119,8 @@ class Checkpoint:
         if state["ema"] is not None:
             _save_tensors(state["ema"], aside / "ema.safetensors")
         _save_tensors(state["objective"], aside / "objective.safetensors")
+        if state["bottleneck"]:
+            _save_tensors(state["bottleneck"], aside / "bottleneck.safetensors")
         scaler, judge = self.accelerator.scaler, self.discriminator_optimizer
         if self.adversary is not None:
             save_discriminator(self.adversary.discriminator, aside / "discriminator.safetensors")
@@ -159,6 +165,8 @@ class Checkpoint:
             averaged = averaged_state(self.network, self.ema)
             _fill_all(averaged, load_file(path / "ema.safetensors"))
             self.ema.optimization_step = state["ema_step"]
+        if buffers := dict(self.bottleneck.named_buffers()):
+            _fill_all(buffers, load_file(path / "bottleneck.safetensors"))
         self.objective.load_state_dict(load_file(path / "objective.safetensors"), strict=False)
         self._restore_adversary(path, state)
         own = path / f"process-{self.accelerator.process_index}.pt"

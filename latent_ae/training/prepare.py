@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -16,14 +15,14 @@ from latent_ae.autoencoder import (
     trained_parameters,
 )
 from latent_ae.config import Config, TrainingConfig
-from latent_ae.data import TrainingStream, normalize, require_one_readable
+from latent_ae.data import require_one_readable
 from latent_ae.errors import UserError
-from latent_ae.initialization import linear_code_, zero_residual_branches_
 from latent_ae.losses import GradientShare
-from latent_ae.networks import Network
+from latent_ae.network_kinds import Network
 from latent_ae.objective import Objective
 from latent_ae.refusals import equivariance_of, refuse_misfit
 from latent_ae.run_folder import RunFolder
+from latent_ae.training.beginning import begin
 from latent_ae.training.guard import Guard
 from latent_ae.training.processes import claim_folder, start_accelerator
 from latent_ae.training.run import LastInput, Run
@@ -46,8 +45,8 @@ def prepare(config: Config) -> Run:
     torch.manual_seed(config.training.seed)
     model = Autoencoder.from_config(config)
     _check(config, model.network, teacher)
-    if isinstance(model.network, AutoencoderKL) and not folder.all_checkpoints():
-        _initialize(config, model.network)
+    if not folder.all_checkpoints():
+        begin(config, model, accelerator.device)
     objective, channels = Objective.of(config, model.network), image_channels(model.network)
     alignment = config.losses.alignment
     model.share = GradientShare(alignment.weight) if alignment and alignment.adaptive else None
@@ -56,7 +55,7 @@ def prepare(config: Config) -> Run:
         for part in (objective, adversary):  # or LPIPS would copy every picture back
             if part is not None:
                 part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    network, last_input = model.network, LastInput(model.network)
+    network, bottleneck, last_input = model.network, model.bottleneck, LastInput(model.network)
     autoencoder = _ready(model, config.training, accelerator)
     # DDP refuses a module that has nothing to train: without a learned variance, only autocast.
     fixed = not any(p.requires_grad for p in objective.parameters())
@@ -78,6 +77,7 @@ def prepare(config: Config) -> Run:
         accelerator,
         autoencoder,
         network,
+        bottleneck,
         objective,
         accelerator.prepare_optimizer(optimizer),  # pyright: ignore[reportArgumentType]
         adversary,
@@ -143,19 +143,6 @@ def _adam(
         weight_decay=training.weight_decay,
         fused=True,
     )
-
-
-def _initialize(config: Config, network: AutoencoderKL) -> None:
-    """Applies `network.init`; the same on every process, since seed and crops are."""
-    if config.network.init == "zero_residual":
-        zero_residual_branches_(network)
-    elif config.network.init == "linear":
-        # As many pixels as 128 crops of 64² have: the fits look at all of them.
-        crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
-        data = config.data.squares(crops).model_copy(update={"workers": 0})
-        channels = image_channels(network)
-        stream = TrainingStream(data, seed=config.training.seed, channels=channels)
-        linear_code_(network, normalize(next(stream).images))
 
 
 def _check(config: Config, network: Network, teacher: Teacher | None) -> None:

@@ -14,11 +14,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from latent_ae.adversary import Adversary
+from latent_ae.bottlenecks import Bottleneck
 from latent_ae.config import Config
 from latent_ae.data import BucketPlan, TrainingStream
 from latent_ae.errors import UserError
 from latent_ae.losses import Equivariance, GradientShare
-from latent_ae.networks import Network, image_channels, spec_of
+from latent_ae.network_kinds import Network, spec_of
+from latent_ae.networks import image_channels
 from latent_ae.processes import from_main
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.checkpoint import Checkpoint
@@ -33,8 +35,9 @@ class Run:
     """A training run in memory.
 
     `autoencoder`, `objective` and `adversary` are the modules that training calls, wrapped for
-    several processes; `network` and `rule` are the first and the last without the wrapping: the
-    autoencoder's network, and the adversary that says when it learns and how much it weighs.
+    several processes; `network`, `bottleneck` and `rule` are the first and the last without the
+    wrapping: the autoencoder's parts, and the adversary that says when it learns and how much it
+    weighs.
     """
 
     config: Config
@@ -42,6 +45,7 @@ class Run:
     accelerator: Accelerator
     autoencoder: nn.Module
     network: Network
+    bottleneck: Bottleneck
     objective: nn.Module
     optimizer: AcceleratedOptimizer
     adversary: nn.Module | None
@@ -70,6 +74,7 @@ class Run:
         return Checkpoint(
             self.accelerator,
             self.network,
+            self.bottleneck,
             self.accelerator.unwrap_model(self.objective),
             self.optimizer,
             self.rule,

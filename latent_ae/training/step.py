@@ -14,6 +14,7 @@ from latent_ae.adversary import adaptive_weight
 from latent_ae.autoencoder import downsampling, trained_parameters
 from latent_ae.data import Batch, normalize
 from latent_ae.losses import PIXEL_LOSSES, Draw
+from latent_ae.training.checkpoint import averaged_state
 from latent_ae.training.guard import poison
 from latent_ae.training.run import Run
 from latent_ae.training.schedule import learning_rate
@@ -216,8 +217,10 @@ def _apply(run: Run) -> dict[str, Tensor]:
         judge.step()
         judge.zero_grad()
     run.guard.count(bad)
+    terms |= run.bottleneck.after_update(bad, run.step)
     if run.ema is not None:
         _average(run.ema, run.network)
+        run.bottleneck.correct_averages(averaged_state(run.network, run.ema))
     return terms
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from latent_ae.autoencoder import decode_latents, encode_mode
 from latent_ae.config import DistillationConfig
 from latent_ae.errors import UserError
-from latent_ae.networks import Network, downsampling, image_channels, load_network, spec_of
+from latent_ae.network_kinds import Network, spec_of
+from latent_ae.networks import downsampling, image_channels, load_network
 from latent_ae.scaling import LatentScaling
 
 __all__ = ["Lesson", "Teacher"]

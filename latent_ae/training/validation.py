@@ -20,7 +20,8 @@ from latent_ae.channels import has_colours
 from latent_ae.config import ValidationConfig
 from latent_ae.data import evaluation_batches, normalize, to_uint8
 from latent_ae.metrics import ReconstructionMetrics
-from latent_ae.networks import Network, network_like
+from latent_ae.network_kinds import Network
+from latent_ae.networks import network_like
 from latent_ae.pictures import error_map, save_sheet
 from latent_ae.processes import from_main
 from latent_ae.training.checkpoint import averaged_state

@@ -1,23 +1,14 @@
-"""What stands between encoder and decoder: the mathematics that diffusers leaves out."""
+"""Continuous latents: with a Gaussian posterior, or as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from latent_ae.config import AnyBottleneck
+from latent_ae.bottlenecks.base import Bottleneck
 from latent_ae.outputs import Code
 
-__all__ = [
-    "BOTTLENECKS",
-    "KLBottleneck",
-    "NoBottleneck",
-    "build_bottleneck",
-    "gaussian_kl",
-    "split_moments",
-]
+__all__ = ["LOGVAR_RANGE", "KLBottleneck", "NoBottleneck", "gaussian_kl", "split_moments"]
 
 # exp() of a half of these is a standard deviation between 3e-7 and 2.2e4: wide enough for any
 # posterior, narrow enough that exp(logvar) stays finite. diffusers clamps to the same range.
@@ -42,7 +33,7 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
-class KLBottleneck(nn.Module):
+class KLBottleneck(Bottleneck):
     """A diagonal Gaussian posterior q(z|x) = N(μ(x), σ²(x)) held near the prior N(0, I).
 
     The sample is reparametrised, z = μ + σ·ε with ε ~ N(0, I) (Kingma & Welling 2014, §2.4): the
@@ -72,21 +63,10 @@ class KLBottleneck(nn.Module):
         return Code(latents, {"kl": kl}, statistics)
 
 
-class NoBottleneck(nn.Module):
+class NoBottleneck(Bottleneck):
     """Latents as the encoder gives them, for networks without a posterior."""
 
     def forward(self, latents: Tensor) -> Code:
         """Maps latents of shape (B, c, h, w) to a `Code` of the same, in fp32."""
         latents = latents.float()
         return Code(latents, statistics={"latent_std": latents.detach().std()})
-
-
-BOTTLENECKS: dict[str, Callable[[AnyBottleneck], nn.Module]] = {
-    "kl": lambda config: KLBottleneck(deterministic=config.weight == 0),
-    "none": lambda config: NoBottleneck(),
-}
-
-
-def build_bottleneck(config: AnyBottleneck) -> nn.Module:
-    """The bottleneck of a config (its `kind` has been validated against `BOTTLENECKS`)."""
-    return BOTTLENECKS[config.kind](config)

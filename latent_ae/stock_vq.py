@@ -1,0 +1,69 @@
+"""Between diffusers' `VQModel` and the same network with a quantiser of `quantized.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import Tensor
+
+from latent_ae.quantized import QuantizedAutoencoder, VectorQuantizer
+
+__all__ = ["OWN_KEYS", "codebook_sha256", "is_plain", "quantized_of", "stock_of"]
+
+# What the config of `QuantizedAutoencoder` has beside `VQModel`'s.
+OWN_KEYS = ("quantizer", "heads", "depth", "normalized", "levels")
+_STOCK, _OURS = "quantize.embedding.weight", "quantize.codebooks"
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether `VQModel` can say what a `QuantizedAutoencoder` of this config does.
+
+    That is one codebook. Where latents and entries have length 1, the nearest entry by direction is
+    the nearest by distance, |z − e|² = |z|² + 1 − 2 z·e, so a codebook of normalised entries does
+    without normalised latents.
+    """
+    return config["quantizer"] == "vq" and config["heads"] == config["depth"] == 1
+
+
+def quantized_of(stock: VQModel) -> QuantizedAutoencoder:
+    """A `VQModel` as a `QuantizedAutoencoder` of the same weights, type, device and config."""
+    ours: Any = QuantizedAutoencoder.from_config(dict(stock.config))
+    ours.load_state_dict(_renamed(stock.state_dict(), _STOCK, _OURS, lambda t: t[None]))
+    return ours.to(stock.device, stock.dtype).train(stock.training)
+
+
+def stock_of(network: QuantizedAutoencoder) -> VQModel:
+    """A `VQModel` that reconstructs as a network for which `is_plain` holds."""
+    assert is_plain(network.config)
+    config = {key: value for key, value in network.config.items() if key not in OWN_KEYS}
+    stock: Any = VQModel.from_config(config)
+
+    def single(codebooks: Tensor) -> Tensor:
+        return F.normalize(codebooks[0], dim=-1) if network.config["normalized"] else codebooks[0]
+
+    state = _renamed(network.state_dict(), _OURS, _STOCK, single)
+    stock.load_state_dict(state)
+    return stock.to(network.device, network.dtype).train(network.training)
+
+
+def codebook_sha256(network: QuantizedAutoencoder) -> str:
+    """The sha256 (hex) of all that gives a code's number its meaning: the entries, in fp32."""
+    quantizer = network.quantize
+    if isinstance(quantizer, VectorQuantizer):
+        with torch.no_grad():
+            books = torch.stack([quantizer.codebook(i) for i in range(quantizer.codes)])
+        content = books.float().cpu().numpy().tobytes()
+    else:
+        content = b""
+    said = {key: network.config[key] for key in (*OWN_KEYS, "vq_embed_dim", "num_vq_embeddings")}
+    said["levels"] = list(said["levels"] or ())
+    return sha256(repr(sorted(said.items())).encode() + content).hexdigest()
+
+
+def _renamed(state: dict[str, Tensor], old: str, new: str, change: Any) -> dict[str, Tensor]:
+    return {new if k == old else k: change(v) if k == old else v for k, v in state.items()}
