@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import VQModel
 from torch import Tensor, nn
 
 from latent_ae.bottlenecks import Bottleneck, build_bottleneck, split_moments
@@ -118,8 +119,8 @@ def decode_latents(network: Network, latents: Tensor) -> Tensor:
 
 def decode_code(network: Network, latents: Tensor) -> Tensor:
     """Images of shape (B, C, H, W) of what a bottleneck gives, which is not quantised again."""
-    if isinstance(network, QuantizedAutoencoder):
-        return network.decode_entries(latents)
+    if isinstance(network, VQModel):  # whichever quantiser it has
+        return QuantizedAutoencoder.decode_entries(network, latents)  # pyright: ignore
     return decode_latents(network, latents)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from itertools import groupby
 
 import torch
 
 from latent_ae.adversary import shape_of_discriminator
-from latent_ae.config import Config, DataConfig, LossesConfig, largest_cut
+from latent_ae.config import (
+    Config,
+    DataConfig,
+    FSQConfig,
+    LFQConfig,
+    LossesConfig,
+    VQConfig,
+    largest_cut,
+)
 from latent_ae.losses.variance import EXACT_WEIGHTS
 from latent_ae.memory import training_memory
 from latent_ae.network_kinds import Network
@@ -16,6 +25,11 @@ from latent_ae.networks import build_network, code_channels, downsampling, image
 from latent_ae.refusals import refuse_misfit
 
 __all__ = ["describe"]
+
+_PENALTIES = {
+    "vq": "(codebook + β · commitment)",
+    "lfq": "(commitment + entropy)",
+}
 
 
 def describe(
@@ -136,6 +150,8 @@ def _loss(config: Config) -> str:
     }[losses.variance]
     if config.distillation:
         return text + " + (z − the teacher's z)² / (C·H·W)"
+    if config.bottleneck.kind in _PENALTIES and config.network.freeze == "nothing":
+        text += f" + {config.bottleneck.weight:g} · {_PENALTIES[config.bottleneck.kind]}"
     kl = config.bottleneck.kind == "kl" and config.bottleneck.weight
     if kl and config.network.freeze == "nothing":
         text += " + λ · KL / (C·H·W)"
@@ -149,7 +165,26 @@ def _bottleneck(config: Config, values_per_element: float) -> dict[str, str]:
         return {"teacher": f"{teacher.teacher}; the decoder makes {learns} of its final latents"}
     if config.bottleneck.kind == "none":
         return {"bottleneck": "none: the latents go straight through"}
+    if isinstance(config.bottleneck, VQConfig | FSQConfig | LFQConfig):
+        return {"codes": _codes(config.bottleneck)}
     return {"kl weight λ": _weight(config, values_per_element)}
+
+
+def _codes(bottleneck: VQConfig | FSQConfig | LFQConfig) -> str:
+    """How many codes a position has, of how many values, and how they learn."""
+    if isinstance(bottleneck, FSQConfig):
+        size = math.prod(bottleneck.levels)
+        return f"one of {size:,} a position ({' × '.join(map(str, bottleneck.levels))} levels)"
+    if isinstance(bottleneck, LFQConfig):
+        return f"one of {2**bottleneck.bits:,} a position ({bottleneck.bits} signs)"
+    numbers = bottleneck.heads * bottleneck.depth
+    text = f"{numbers if numbers > 1 else 'one'} of {bottleneck.codebook_size:,} a position"
+    text += "; entries " + ("of length 1 " if bottleneck.normalized else "")
+    text += "by the optimizer" if bottleneck.update == "gradient" else "as moving averages"
+    text += ", started by k-means" if bottleneck.kmeans else ""
+    if bottleneck.revive_after:
+        text += f", revived after {bottleneck.revive_after} updates without use"
+    return text
 
 
 def _frozen(config: Config) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers import VQModel
 from torch import Tensor, nn
 
 from latent_ae.acceleration import accelerate_autoencoder
@@ -17,8 +18,10 @@ from latent_ae.bottlenecks import gaussian_kl, split_moments
 from latent_ae.errors import UserError
 from latent_ae.network_folders import folder_config, network_in, weights_sha256
 from latent_ae.network_kinds import spec_named
-from latent_ae.networks import downsampling
+from latent_ae.networks import downsampling, load_network
+from latent_ae.quantized import QuantizedAutoencoder
 from latent_ae.scaling import LatentScaling
+from latent_ae.stock_vq import codebook_sha256
 
 __all__ = ["PRECISIONS", "FrozenAutoencoder", "fast_precision", "posterior_of"]
 
@@ -39,7 +42,8 @@ class FrozenAutoencoder:
         precision: of weights and activations: `fp32`, `bf16` or `fp16`.
 
     Attributes:
-        network: diffusers' object.
+        network: diffusers' object; a `QuantizedAutoencoder` in place of a `VQModel`.
+        class_name: of the folder's class.
         downsampling: the factor between the side of a picture and the side of its latents.
         has_posterior: whether its encoder gives a distribution, or latents alone.
         channels: of the latents.
@@ -59,16 +63,12 @@ class FrozenAutoencoder:
         self.path = Path(path)
         self.precision = precision
         self.device = torch.device(device or default_device())
+        self.class_name: str = folder_config(self.path)["_class_name"]
         self.network = _load(self.path, PRECISIONS[precision]).to(self.device)
         accelerate_autoencoder(self.network)
         self.scaling = LatentScaling.of(self.network)  # pyright: ignore
         self.image_channels = int(self.network.config.get("in_channels") or 3)
         self.downsampling, self.channels = self._probe()
-
-    @property
-    def class_name(self) -> str:
-        """The name of diffusers' class."""
-        return type(self.network).__name__
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,38 +103,54 @@ class FrozenAutoencoder:
 
     @property
     def codebook_size(self) -> int:
-        """How many entries its codebook has; 0 without one."""
-        return int(self.network.config.get("num_vq_embeddings") or 0)
+        """How many different numbers a code can have; 0 where latents are not quantised."""
+        return self.network.quantize.size if self.quantizes else 0
+
+    @property
+    def codes(self) -> int:
+        """How many codes a position has; 0 where latents are not quantised."""
+        return self.network.quantize.codes if self.quantizes else 0
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether latents become codes before they are decoded."""
+        return isinstance(self.network, QuantizedAutoencoder)
+
+    @property
+    def codebook_sha256(self) -> str:
+        """The sha256 (hex) of what gives the codes' numbers their meaning; empty without codes."""
+        return codebook_sha256(self.network) if self.quantizes else ""
 
     @torch.no_grad()
     def indices(self, latents: Tensor) -> Tensor:
-        """The codebook entry nearest to each latent, int64 of shape (B, h, w).
+        """The numbers of the codes, int64 of shape (B, codes, h, w).
 
         Args:
             latents: raw, before the quantizer, of shape (B, c, h, w).
         """
-        quantize = self.network.quantize
-        *_, (_, _, found) = quantize(latents.to(self.device, PRECISIONS[self.precision]))
-        return found.reshape(len(latents), *latents.shape[-2:])
+        return self.network.indices(latents.to(self.device))
+
+    @torch.no_grad()
+    def entries(self, indices: Tensor) -> Tensor:
+        """What the decoder receives, fp32 of shape (B, c, h, w), for codes as `indices` gives."""
+        return self.network.quantize.entries(indices.to(self.device, torch.int64)).float()
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Pictures of shape (B, C, H, W) as `decode`, from codebook entries of shape (B, h, w)."""
-        indices = indices.to(self.device, torch.int64)
-        shape = (*indices.shape, self.network.config["vq_embed_dim"] or self.channels)
-        entries = self.network.quantize.get_codebook_entry(indices.reshape(-1), shape)
-        return self.network.decode(entries, force_not_quantize=True).sample.float()
+        """Pictures of shape (B, C, H, W) as `decode`, from codes as `indices` gives."""
+        return self.network.decode_indices(indices.to(self.device, torch.int64)).float()
 
     def bits(self, mean: Tensor, logvar: Tensor | None) -> Tensor:
         """How many bits each code carries, of shape (B,).
 
-        With a codebook, log2 of its size a position. With a posterior, its KL from N(0, I): what
-        bits-back coding would send (Hinton & van Camp 1993; Townsend et al. 2019). At most, and
-        elsewhere, 16 a value: nobody has to store latents finer than that.
+        log2 of the codebook's size a code, where latents are quantised. With a posterior, its KL
+        from N(0, I): what bits-back coding would send (Hinton & van Camp 1993; Townsend et al.
+        2019). At most, and elsewhere, 16 a value: nobody has to store latents finer than that.
         """
         stored = torch.full((len(mean),), 16.0 * mean[0].numel(), device=mean.device)
-        if entries := self.codebook_size:
-            return torch.full_like(stored, math.log2(entries) * mean[0, 0].numel())
+        if self.quantizes:
+            numbers = self.codes * mean[0, 0].numel()
+            return torch.full_like(stored, math.log2(self.codebook_size) * numbers)
         if logvar is None:
             return stored
         return stored.minimum(gaussian_kl(mean, logvar).flatten(1).sum(1) / math.log(2))
@@ -207,6 +223,9 @@ def posterior_of(output: Any) -> tuple[Tensor, Tensor | None]:
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     name = folder_config(folder)["_class_name"]
+    if name in (VQModel.__name__, QuantizedAutoencoder.__name__):
+        network: Any = load_network(folder, dtype)
+        return network.requires_grad_(False).eval()
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None or not all(hasattr(kind, verb) for verb in ("encode", "decode")):
         raise UserError(f"{folder} holds a {name}, which is no autoencoder of diffusers")

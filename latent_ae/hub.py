@@ -24,6 +24,7 @@ from latent_ae.errors import UserError
 from latent_ae.evaluation import Evaluation
 from latent_ae.export.card import model_card, without_paths
 from latent_ae.folders import require_free, whole_folder
+from latent_ae.stock_vq import CODE_FILE
 
 __all__ = ["prepare_upload", "push_to_hub"]
 
@@ -180,9 +181,9 @@ def _evaluation_of(folder: Path, evaluation: str | Path | None) -> dict[str, Any
 
 
 def _files(folder: Path) -> list[Path]:
-    """What diffusers reads, and the discriminator for whoever fine-tunes."""
+    """What diffusers reads, with the code of a quantiser, and the discriminator."""
     weights = [*folder.glob(f"{_STEM}*.safetensors"), *folder.glob(f"{_STEM}*.index*.json")]
-    extra = [folder / "discriminator.safetensors"]
+    extra = [folder / "discriminator.safetensors", folder / CODE_FILE]
     return [folder / "config.json", *weights, *(file for file in extra if file.is_file())]
 
 

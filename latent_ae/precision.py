@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latent_ae.acceleration import stock_layers
 from latent_ae.autoencoder import full_precision
 from latent_ae.frozen import posterior_of
+from latent_ae.quantized import QuantizedAutoencoder
 
 __all__ = ["LowPrecision", "PrecisionEvidence", "measure_precision"]
 
@@ -86,22 +87,36 @@ def measure_precision(network: Any, images: Tensor) -> PrecisionEvidence:
     low = {}
     # TF32 is as rough as fp16, which it would have to judge. Pipelines run stock layers.
     with full_precision(), stock_layers(network):
-        layers, exact = _largest_activations(network, images)
+        layers, exact, codes = _largest_activations(network, images)
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
             # torch's own `to`: diffusers' warns of layers that it would keep in fp32, even of none.
             smaller = nn.Module.to(copy.deepcopy(network), dtype)
-            low[name] = _difference(_reconstruct(smaller, images.to(dtype)), exact)
+            output, _ = _reconstruct(smaller, images.to(dtype), codes)
+            low[name] = _difference(output, exact)
     evidence = PrecisionEvidence(layers, low["fp16"], low["bf16"], False, "")
     evidence.force_upcast, evidence.reason = _verdict(evidence)
     return evidence
 
 
-def _reconstruct(network: Any, images: Tensor) -> Tensor:
+def _reconstruct(
+    network: Any, images: Tensor, codes: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Pictures, and the codes between where latents are quantised.
+
+    With `codes` it decodes those: one that flips changes the picture by more than a grey level,
+    and says nothing against a precision.
+    """
     mean, _ = posterior_of(network.encode(images))
-    return network.decode(mean.to(images.dtype)).sample
+    if not isinstance(network, QuantizedAutoencoder):
+        return network.decode(mean.to(images.dtype)).sample, None
+    codes = network.indices(mean) if codes is None else codes
+    failed = torch.where(mean.isfinite(), 0.0, torch.nan).sum()
+    return network.decode_indices(codes) + failed, codes
 
 
-def _largest_activations(network: nn.Module, images: Tensor) -> tuple[dict[str, float], Tensor]:
+def _largest_activations(
+    network: nn.Module, images: Tensor
+) -> tuple[dict[str, float], Tensor, Tensor | None]:
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
@@ -114,11 +129,11 @@ def _largest_activations(network: nn.Module, images: Tensor) -> tuple[dict[str, 
 
     hooks = [m.register_forward_hook(note(name)) for name, m in network.named_modules() if name]
     try:
-        output = _reconstruct(network, images)
+        output, codes = _reconstruct(network, images)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: value.item() for name, value in found.items()}, output
+    return {name: value.item() for name, value in found.items()}, output, codes
 
 
 def _difference(output: Tensor, exact: Tensor) -> LowPrecision:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "VectorQuantizer",
 ]
 
+_FILE = "quantized.py"  # its name in a saved folder
 _DISTANCES = 2**25  # computed at once
 
 
@@ -246,6 +248,7 @@ class QuantizedAutoencoder(VQModel):
         depth: of vq.
         normalized: of vq.
         levels: of fsq, one for each of `vq_embed_dim` channels.
+        auto_map: where `diffusers.AutoModel` finds this class; for the saved config alone.
     """
 
     @register_to_config
@@ -273,6 +276,7 @@ class QuantizedAutoencoder(VQModel):
         depth: int = 1,
         normalized: bool = False,
         levels: Sequence[int] | None = None,
+        auto_map: Any = None,
     ) -> None:
         channels = vq_embed_dim or latent_channels
         super().__init__(
@@ -301,7 +305,15 @@ class QuantizedAutoencoder(VQModel):
         else:
             found = VectorQuantizer(num_vq_embeddings, channels, heads, depth, normalized)
         self.quantize: Any = found
-        self.register_to_config(num_vq_embeddings=found.size, vq_embed_dim=channels)
+        place = {"AutoModel": f"{_FILE.removesuffix('.py')}.{type(self).__name__}"}
+        self.register_to_config(
+            num_vq_embeddings=found.size, vq_embed_dim=channels, auto_map=auto_map or place
+        )
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
+        """Writes config.json, and beside it this file, which alone can read it."""
+        super().save_config(save_directory, push_to_hub, **options)
+        Path(save_directory, _FILE).write_bytes(Path(__file__).read_bytes())
 
     def indices(self, latents: Tensor) -> Tensor:
         """The numbers of the codes, int64 of shape (B, codes, h, w).

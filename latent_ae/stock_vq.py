@@ -9,11 +9,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_ae.quantized import QuantizedAutoencoder, VectorQuantizer
 
-__all__ = ["OWN_KEYS", "codebook_sha256", "is_plain", "quantized_of", "stock_of"]
+__all__ = [
+    "CODE_FILE",
+    "OWN_KEYS",
+    "codebook_sha256",
+    "is_plain",
+    "quantized_of",
+    "stock_of",
+]
+
+CODE_FILE = "quantized.py"  # beside weights that only it can load
 
 # What the config of `QuantizedAutoencoder` has beside `VQModel`'s.
 OWN_KEYS = ("quantizer", "heads", "depth", "normalized", "levels")
@@ -34,13 +43,15 @@ def quantized_of(stock: VQModel) -> QuantizedAutoencoder:
     """A `VQModel` as a `QuantizedAutoencoder` of the same weights, type, device and config."""
     ours: Any = QuantizedAutoencoder.from_config(dict(stock.config))
     ours.load_state_dict(_renamed(stock.state_dict(), _STOCK, _OURS, lambda t: t[None]))
-    return ours.to(stock.device, stock.dtype).train(stock.training)
+    # Not diffusers' `to`, which warns of layers to keep in fp32, of which there are none.
+    return nn.Module.to(ours, stock.device, stock.dtype).train(stock.training)
 
 
 def stock_of(network: QuantizedAutoencoder) -> VQModel:
     """A `VQModel` that reconstructs as a network for which `is_plain` holds."""
     assert is_plain(network.config)
-    config = {key: value for key, value in network.config.items() if key not in OWN_KEYS}
+    own = (*OWN_KEYS, "auto_map")
+    config = {key: value for key, value in network.config.items() if key not in own}
     stock: Any = VQModel.from_config(config)
 
     def single(codebooks: Tensor) -> Tensor:
@@ -48,7 +59,7 @@ def stock_of(network: QuantizedAutoencoder) -> VQModel:
 
     state = _renamed(network.state_dict(), _OURS, _STOCK, single)
     stock.load_state_dict(state)
-    return stock.to(network.device, network.dtype).train(network.training)
+    return nn.Module.to(stock, network.device, network.dtype).train(network.training)
 
 
 def codebook_sha256(network: QuantizedAutoencoder) -> str:

@@ -92,6 +92,7 @@ def distill(
     """
     from latent_ae.distillation import RECIPE
     from latent_ae.distillation import distill as run
+    from latent_ae.export import loading_call
 
     made = run(
         teacher,
@@ -106,7 +107,7 @@ def distill(
     )
     if made is not None:
         name = json.loads((out / "config.json").read_text())["_class_name"]
-        say(f"{out} is ready: {name}.from_pretrained({str(out)!r})")
+        say(f"{out} is ready: {loading_call(name, str(out))[1]}")
 
 
 @app.command()
@@ -147,7 +148,7 @@ def export(
     The averaged (EMA) weights, with the scale measured on the data's own latents; loaded again and
     compared before the folder appears.
     """
-    from latent_ae.export import caveats, export_run
+    from latent_ae.export import caveats, export_run, loading_call
 
     export_run(
         run,
@@ -163,7 +164,7 @@ def export(
     settings = json.loads((out / "config.json").read_text())
     for caveat in caveats(settings):
         say(f"note: {caveat}")
-    say(f"{out} is ready: {settings['_class_name']}.from_pretrained({str(out)!r})")
+    say(f"{out} is ready: {loading_call(settings['_class_name'], str(out))[1]}")
 
 
 @app.command()

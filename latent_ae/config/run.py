@@ -10,6 +10,7 @@ from latent_ae.config.data import SMALLEST_MEASURED, DataConfig, ValidationConfi
 from latent_ae.config.distillation import DistillationConfig
 from latent_ae.config.losses import LossesConfig
 from latent_ae.config.model import AutoencoderConfig
+from latent_ae.config.quantizers import QUANTIZERS
 from latent_ae.config.training import TrainingConfig
 
 __all__ = ["Config", "colourless"]
@@ -46,6 +47,22 @@ class Config(AutoencoderConfig):
             raise ValueError(
                 "losses.alignment moves latents, which network.freeze: encoder leaves where they "
                 "are: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantizable(self) -> Config:
+        if self.bottleneck.kind not in QUANTIZERS:
+            return self
+        if self.losses.equivariance and self.losses.equivariance.scales is not None:
+            raise ValueError(
+                "losses.equivariance.scales mixes neighbouring latents, and between codes there is "
+                "nothing: set scales: null, which leaves turns"
+            )
+        if self.training.shard:
+            raise ValueError(
+                "training.shard and a bottleneck that quantises exclude each other: codebooks are "
+                "whole on every process"
             )
         return self
 

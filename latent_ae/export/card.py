@@ -10,18 +10,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from latent_ae.channels import has_colours
 from latent_ae.config import Config
-from latent_ae.export.stock import caveats
-from latent_ae.network_kinds import NETWORKS, NetworkSpec, spec_named
+from latent_ae.export.words import how_to_load, last_part, objective_in_words, title
+from latent_ae.network_kinds import NETWORKS, spec_named
 
 __all__ = ["model_card", "protocol_of", "without_paths"]
 
 _UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS (AlexNet)"}
-_KINDS = {
-    "AutoencoderKL": "A KL-VAE",
-    "AutoencoderKLFlux2": "A KL-VAE",
-    "AutoencoderDC": "A deep-compression autoencoder",
-    "AutoencoderTiny": "A tiny autoencoder",
-}
 _HERE = "path/to/this/folder"
 
 
@@ -75,8 +69,8 @@ def model_card(
     record = without_paths(record)
     parts = [
         _front(license_name, name, evaluation),
-        _title(spec, config, record),
-        _how_to_load(spec, config, name, variants),
+        title(spec, config, record),
+        how_to_load(config, name, variants),
         _facts(config, record),
         _metrics(record, evaluation),
         _shown(pictures),
@@ -96,8 +90,8 @@ def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -
             EvalResult(
                 task_type="image-to-image",
                 task_name="reconstruction",
-                dataset_type=_last(data["path"]),
-                dataset_name=f"{data['images']} pictures of {_last(data['path'])}",
+                dataset_type=last_part(data["path"]),
+                dataset_name=f"{data['images']} pictures of {last_part(data['path'])}",
                 metric_type=metric,
                 metric_name=_UNITS.get(metric, metric),
                 metric_value=round(value, 4),
@@ -108,46 +102,10 @@ def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -
         library_name="diffusers",
         license=license_name,
         tags=tags,
-        model_name=_last(name) if results else None,
+        model_name=last_part(name) if results else None,
         eval_results=results,
     )
     return f"---\n{data.to_yaml()}\n---"
-
-
-def _title(spec: NetworkSpec, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    channels, factor = config["latent_channels"], 2 ** (len(config[spec.levels]) - 1)
-    pictures = config.get("in_channels", 3)
-    trained = " Trained with latent_ae." if record else ""
-    if teacher := record.get("teacher"):
-        told = f", weights sha256 {teacher['weights_sha256'][:12]}"
-        trained += (
-            f" Its latents are the final (scaled) ones of the autoencoder {_last(teacher['path'])}"
-            f"{told if teacher['weights_sha256'] else ''}: it stands in for that one in a pipeline."
-        )
-    return f"""# An autoencoder for latent diffusion
-
-{_KINDS[spec.name]} (`diffusers.{spec.name}`), f{factor} with {channels} channels: an image of
-{pictures} × H × W becomes latents of {channels} × H/{factor} × W/{factor}.{trained}"""
-
-
-def _how_to_load(
-    spec: NetworkSpec, config: Mapping[str, Any], name: str, variants: Sequence[str]
-) -> str:
-    text = f"""```python
-from diffusers import {spec.name}
-vae = {spec.name}.from_pretrained("{name}")
-```
-
-As the autoencoder of a pipeline: `DiffusionPipeline.from_pretrained(PIPELINE, vae=vae)`, where the
-pipeline's denoiser was trained on this autoencoder's latents."""
-    if variants:
-        told = " or ".join(f'`variant="{variant}"`' for variant in variants)
-        text += f"\nWeights of 16 bits: {told}, with the `torch_dtype` of that name."
-        if config.get("force_upcast") and "fp16" in variants:
-            text += " In fp16 it overflows: only where a pipeline reads `force_upcast`."
-    if notes := caveats(config):
-        text += "\n\n" + "\n".join(f"- {note}." for note in notes)
-    return text
 
 
 def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -160,7 +118,7 @@ def _facts(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         rows = {
             "data": f"{data['path']} ({data['source']}), {_crops(data)}",
             "training": f"{record['trained']['steps']} steps, {record['trained']['images']} images",
-            "objective": _objective_in_words(trained),
+            "objective": objective_in_words(trained),
             "scaling_factor": f"{scale}, {_measured(record)}",
         }
         if (kl := latents.get("kl_nats_per_image")) is not None:
@@ -228,7 +186,7 @@ def _evaluated(evaluation: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in evaluation["versions"].items())
     return (
         "\n".join(lines)
-        + f"\n\n{data['images']} pictures of {_last(data['path'])} (sha256 of their pixels "
+        + f"\n\n{data['images']} pictures of {last_part(data['path'])} (sha256 of their pixels "
         + f"{data['pixels_sha256'][:12]}), protocol {protocol['name']} ({settings}); "
         + f"{evaluation['date']}, {versions}."
     )
@@ -243,29 +201,6 @@ def _shown(pictures: Sequence[tuple[str, str]]) -> str:
         return ""
     rows = [f"| ![input]({before}) | ![reconstruction]({after}) |" for before, after in pictures]
     return "\n".join(["## Pictures", "", "| input | reconstruction |", "|-|-|", *rows])
-
-
-def _objective_in_words(config: Mapping[str, Any]) -> str:
-    losses, text = config["losses"], config["losses"]["pixel"].upper()
-    if "perceptual" in losses:
-        text += f" + {losses['perceptual']['weight']:g} LPIPS-{losses['perceptual']['net']}"
-    if (variance := losses.get("variance", "fixed")) != "fixed":
-        text = f"{text}, over a variance that is {variance.replace('_', ' ')},"
-    frozen = config["network"].get("freeze") == "encoder"
-    if (weight := config["bottleneck"].get("weight")) and not frozen:
-        text += f" + {weight:g} KL"
-    if alignment := losses.get("alignment"):
-        text += f" + {alignment['weight']:g} alignment with {_last(alignment['model'])} (VA-VAE)"
-    if "equivariance" in losses:
-        text += ", also of latents scaled and turned with the picture (EQ-VAE)"
-    if frozen:
-        text += ", the encoder frozen"
-    if "distillation" in config:
-        text += " + squared distance of the latents from the teacher's"
-    if adversary := config.get("adversary"):
-        text += f" + {adversary['weight']:g} PatchGAN ({adversary['loss']}"
-        text += f", from step {adversary['start']})"
-    return text
 
 
 def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,17 +219,13 @@ def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
             return [cleaned(item, key) for item in value]
         if not isinstance(value, str) or not re.search(r"[/\\]", value) or (hub and key == "path"):
             return value
-        shortened[value] = _last(value)
+        shortened[value] = last_part(value)
         return shortened[value]
 
     result = {**record, "config": cleaned(config)} if config else dict(record)
     if teacher := record.get("teacher"):
-        result["teacher"] = {**teacher, "path": _last(teacher["path"])}
+        result["teacher"] = {**teacher, "path": last_part(teacher["path"])}
     protocol = record.get("metric_protocol")
     for long in sorted(shortened, key=len, reverse=True):
         protocol = protocol and protocol.replace(long, shortened[long])
     return {**result, "metric_protocol": protocol} if protocol else result
-
-
-def _last(path: str) -> str:
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

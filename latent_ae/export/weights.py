@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_ae.autoencoder import WEIGHT_VARIANTS, reconstruct
+from latent_ae.autoencoder import WEIGHT_VARIANTS, decode_code, encode_mode, reconstruct
 from latent_ae.errors import UserError
 from latent_ae.frozen import PRECISIONS
 from latent_ae.network_kinds import Network
 from latent_ae.networks import tidy_config
+from latent_ae.quantized import QuantizedAutoencoder
+from latent_ae.stock_vq import is_plain, stock_of
 
 __all__ = ["VARIANTS", "parse_options", "save_weights"]
 
+_ROUNDING = 1e-4  # fp32's under another memory layout stays below
+_FLIPPED = 1e-3  # of the codes
 # The weights beside fp32.
 VARIANTS = {name: PRECISIONS[name] for name in WEIGHT_VARIANTS}
 
@@ -56,12 +60,13 @@ def save_weights(
     Raises:
         UserError: a weight is beyond fp16's largest number.
     """
-    network.save_pretrained(folder, max_shard_size=max_shard_size)
+    written = _as_written(network)
+    written.save_pretrained(folder, max_shard_size=max_shard_size)
     tidy_config(network, folder)  # before diffusers reads it, and warns
-    _require_same(network, _load(folder, network), images)
+    _require_same(network, _load(folder, written), images)
     for variant in dict.fromkeys(variants):
         # Not `network.to`: diffusers' own warns there of layers to keep, of which there are none.
-        rounded = copy.deepcopy(network)
+        rounded = copy.deepcopy(written)
         nn.Module.to(rounded, VARIANTS[variant])
         if not all(torch.isfinite(parameter).all() for parameter in rounded.parameters()):
             raise UserError(f"a weight is too large for {variant}: leave that variant out")
@@ -77,11 +82,27 @@ def _load(folder: Path, like: Network, variant: str | None = None) -> Network:
     return loaded.to(like.device).eval()
 
 
+def _as_written(network: Network) -> Any:
+    """The network in the class that the folder names: diffusers' own wherever that can say it."""
+    plain = isinstance(network, QuantizedAutoencoder) and is_plain(network.config)
+    return stock_of(network) if plain else network
+
+
 @torch.no_grad()
-def _require_same(network: Network, loaded: Network, images: Tensor) -> None:
+def _require_same(network: Network, loaded: Any, images: Tensor) -> None:
     """A difference is a bug, not input."""
-    difference = (reconstruct(network, images) - reconstruct(loaded, images)).abs().max().item()
-    if difference > 1e-4:  # fp32 rounding under another memory layout stays below
+    if isinstance(network, QuantizedAutoencoder):
+        found, theirs = (encode_mode(one, images)[0] for one in (network, loaded))
+        entries = network.quantize.entries(network.indices(found))
+        # Of entries that are equally near, rounding may take either.
+        flipped = (loaded.quantize(theirs)[0] - entries).abs().amax(1) > _ROUNDING
+        if (share := flipped.float().mean().item()) > _FLIPPED:
+            raise RuntimeError(f"the exported folder quantises {share:.2%} of latents differently")
+        before, after = (decode_code(one, entries) for one in (network, loaded))
+    else:
+        before, after = (reconstruct(one, images) for one in (network, loaded))
+    difference = (before - after).abs().max().item()
+    if difference > _ROUNDING:
         raise RuntimeError(f"the exported folder reconstructs differently, by up to {difference}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_ae.config import AdversaryConfig
+from latent_ae.config import AdversaryConfig, AnyBottleneck
 
 __all__ = ["Alarms", "Guard", "poison"]
 
@@ -15,6 +15,7 @@ _ACCURACY = (0.4, 0.97)
 # The adaptive weight says how much steeper the reconstruction's loss is than the verdict, in LDM's
 # units: below 1e-2 the adversary is about to drive the autoencoder; at its maximum it is mute.
 _SMALLEST_ADAPTIVE = 1e-2
+_LEAST_USAGE = 0.1  # of the codes in the last updates; below, a codebook has collapsed
 _ROWS = 3  # rows of the log in a row before an alarm is given
 
 
@@ -58,20 +59,44 @@ class Guard:
 
 
 class Alarms:
-    """Sentences about an adversary that has stopped being of use, each told once until it mends."""
+    """Sentences about an adversary or a codebook that has stopped being of use.
 
-    def __init__(self, config: AdversaryConfig | None) -> None:
-        self.config = config
+    Each is told once until it mends.
+
+    Args:
+        config: of the adversary, if there is one.
+        bottleneck: of the run.
+    """
+
+    def __init__(self, config: AdversaryConfig | None, bottleneck: AnyBottleneck) -> None:
+        self.config, self.bottleneck = config, bottleneck
         self._rows: dict[str, int] = {}
 
     def check(self, row: dict[str, float], step: int) -> list[str]:
-        """The alarms that a row of the log gives; none before the adversary is heard.
+        """The alarms that a row of the log gives; none of the adversary before it is heard.
 
         Args:
             step: of the row.
-            row: means of the terms since the last row; `d_accuracy` in [0, 1], `adaptive_weight` in
-                LDM's units.
+            row: means of the terms since the last row; `d_accuracy` and `code_usage` in [0, 1],
+                `adaptive_weight` in LDM's units.
         """
+        return self._of_codes(row) + self._of_adversary(row, step)
+
+    def _of_codes(self, row: dict[str, float]) -> list[str]:
+        usage = row.get("code_usage")
+        if usage is None:
+            return []
+        kind, remedy = self.bottleneck.kind, "try fewer levels or a larger batch"
+        if kind == "lfq":
+            remedy = "try a larger bottleneck.entropy or fewer bits"
+        elif kind == "vq":
+            remedy = "try bottleneck.kmeans=true, bottleneck.normalized=true or a smaller codebook"
+            if not self.bottleneck.revive_after:  # pyright: ignore[reportAttributeAccessIssue]
+                remedy = "set bottleneck.revive_after=100, which moves unused entries onto latents"
+        told = f"only {usage:.1%} of the codes were used lately: {remedy}"
+        return self._told("usage", usage < _LEAST_USAGE, told)
+
+    def _of_adversary(self, row: dict[str, float], step: int) -> list[str]:
         if self.config is None or step <= self.config.start:
             return []
         accuracy, weight = row.get("d_accuracy"), row.get("adaptive_weight")

@@ -29,7 +29,7 @@ __all__ = ["RunLog"]
 
 # What a person follows; log.jsonl has the rest.
 _SHOWN = ("total", "l1", "l2", "charbonnier", "lpips", "kl", "logvar", "implied_weight")
-_SHOWN += ("adversarial", "d_accuracy")
+_SHOWN += ("adversarial", "d_accuracy", "perplexity", "code_usage")
 
 
 class RunLog:
@@ -47,7 +47,7 @@ class RunLog:
         self._waited_in_all = self._elapsed_in_all = 0.0
         self.since = time.perf_counter()
         self.started = self.since
-        self.alarms = Alarms(run.config.adversary)
+        self.alarms = Alarms(run.config.adversary, run.config.bottleneck)
         if not self.main:
             return
         _drop_rows_after(run.folder, run.step)
