@@ -600,9 +600,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
-        """The content of `model_index.json`, naming this file as the home of the class."""
+        """The content of `model_index.json`, naming this file as the home of the class.
+
+        A component that carries its own code beside its weights (`auto_map` of its config names
+        the file, as `diffusers.AutoModel` reads it) has its home there.
+        """
         content = json.loads(super().to_json_string())
         content["_class_name"] = [MODULE, type(self).__name__]
+        for name, component in self.components.items():
+            if home := (component.config.get("auto_map") or {}).get("AutoModel"):
+                content[name] = home.rsplit(".", 1)
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
