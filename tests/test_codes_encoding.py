@@ -277,7 +277,7 @@ class TestReading:
         console.print(describe(folders / kind))
         text = "\n".join(line.rstrip() for line in console.export_text().splitlines())
         manifest = read_manifest(folders / kind)
-        told = {"vq300": "a code of 300 a position", "residual": "4 codes of 256 a position"}
+        told = {"vq300": "a code of 300 values", "residual": "4 codes of 256 values"}
         assert f"{manifest.autoencoder.codebook_sha256[:12]}, {told[kind]}" in text
         shape = re.search(r"^shape +(.*)$", text, re.MULTILINE)
         assert shape is not None

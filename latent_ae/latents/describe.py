@@ -121,7 +121,9 @@ def _codebook(manifest: LatentsManifest) -> str:
     if not made.codebook_size:
         return ""
     codes = "a code" if made.codes == 1 else f"{made.codes} codes"
-    return f"{made.codebook_sha256[:12]}, {codes} of {_number(made.codebook_size)} a position"
+    return (
+        f"{made.codebook_sha256[:12]}, {codes} of {_number(made.codebook_size)} values a position"
+    )
 
 
 def _source(manifest: LatentsManifest) -> str:
