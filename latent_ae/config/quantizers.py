@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MOST_BITS = 31  # of a code's number, stored as int32
-Levels = Annotated[int, Field(ge=2)]
+Levels = Annotated[int, Field(ge=3)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -152,7 +152,8 @@ class FSQConfig(Section):
     kind: Literal["fsq"]
     """`fsq`: levels."""
     levels: tuple[Levels, ...] = Field(default=(8, 5, 5, 5), min_length=1)
-    """Of each channel; their product is the number of codes."""
+    """Of each channel, 3 or more (the paper advises 5; 2 are lfq's); their product is the number of
+    codes."""
 
     @model_validator(mode="after")
     def _countable(self) -> FSQConfig:
