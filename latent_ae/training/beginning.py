@@ -17,7 +17,8 @@ from latent_ae.quantized import QuantizedAutoencoder
 __all__ = ["begin"]
 
 _WITH_RESIDUALS = (AutoencoderKL, QuantizedAutoencoder)
-_BATCHES = 64  # of training crops that a bottleneck sees at most
+# Of the crops that a bottleneck sees: the same ones, whatever the run's batches and processes.
+_BATCH, _BATCHES = 8, 64
 
 
 def begin(config: Config, model: Autoencoder, device: torch.device) -> None:
@@ -53,7 +54,7 @@ def _crops(config: Config, model: Autoencoder, count: int) -> Iterator[Tensor]:
 def _latents(config: Config, model: Autoencoder, wanted: int, device: torch.device) -> Tensor:
     """Latents of training crops with `wanted` positions in all, or of `_BATCHES` batches."""
     found: list[Tensor] = []
-    for images in _crops(config, model, config.data.batch_size):
+    for images in _crops(config, model, _BATCH):
         found.append(encode_mode(model.network, images.to(device))[0])
         positions = sum(latents[:, 0].numel() for latents in found)
         if positions >= wanted or len(found) == _BATCHES:
