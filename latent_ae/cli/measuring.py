@@ -198,10 +198,17 @@ def _report(folders: list[Path], out: Path) -> None:
 def _tell(results: list[Evaluation]) -> None:
     from rich.console import Console
 
-    from latent_ae.evaluation.tables import latents_table, reconstruction_table, warnings_of
+    from latent_ae.evaluation.tables import (
+        codes_table,
+        latents_table,
+        reconstruction_table,
+        warnings_of,
+    )
 
     console = Console()
     console.print(reconstruction_table(results))
+    if any(result.content.get("codes") for result in results):
+        console.print(codes_table(results))
     if any(result.content["latents"] for result in results):
         console.print(latents_table(results))
     first, data = results[0], results[0].content["data"]

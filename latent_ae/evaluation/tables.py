@@ -10,7 +10,7 @@ from rich.table import Table
 
 from latent_ae.evaluation.result import Evaluation
 
-__all__ = ["latents_table", "reconstruction_table", "warnings_of"]
+__all__ = ["codes_table", "latents_table", "reconstruction_table", "warnings_of"]
 
 # Title, digits.
 _METRICS = {
@@ -60,6 +60,18 @@ def latents_table(results: Sequence[Evaluation]) -> Table:
         table.add_column(result.name, justify="right", overflow="fold")
     facts = [_facts(result.content) for result in results]
     for title in facts[0]:
+        table.add_row(title, *(fact.get(title, "–") for fact in facts))
+    return table
+
+
+def codes_table(results: Sequence[Evaluation]) -> Table:
+    """How quantised latents use their codes, a column for each autoencoder; dashes without."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("codes")
+    for result in results:
+        table.add_column(result.name, justify="right", overflow="fold")
+    facts = [_codes(result.content.get("codes")) for result in results]
+    for title in next(fact for fact in facts if fact):
         table.add_row(title, *(fact.get(title, "–") for fact in facts))
     return table
 
@@ -125,6 +137,30 @@ def _facts(content: dict[str, Any]) -> dict[str, str]:
             _number((precision.get(name) or {}).get("psnr"), 1) for name in ("fp16", "bf16")
         ),
         "force_upcast": str(precision.get("force_upcast", "–")).lower(),
+    }
+
+
+def _codes(codes: dict[str, Any] | None) -> dict[str, str]:
+    if not codes:
+        return {}
+    pixel, image = codes["bits_per_pixel"], codes["bits_per_image"]
+
+    def bits(name: str) -> str:
+        return f"{pixel[name]:.4f} ({image[name] / 1000:,.1f})"
+
+    slots = codes["per_position"]
+    return {
+        "entries": f"{codes['size']:,}" + (f", {slots} a position" if slots > 1 else ""),
+        "positions": f"{codes['positions']:,}",
+        "usage": f"{100 * codes['usage']:.1f} %",
+        "  of as many uniform draws": f"{100 * codes['usage_uniform']:.1f} %",
+        "dead entries": f"{codes['dead']:,}",
+        "perplexity": _number(codes["perplexity"], 1),
+        "entropy, bits a code": _number(codes["entropy_bits"], 2),
+        "bits a pixel (kbit a picture)": "",
+        "  fixed length": bits("fixed_length"),
+        "  entropy": bits("entropy"),
+        "  coded stream": bits("coded"),
     }
 
 
