@@ -120,7 +120,7 @@ def _slot(numbers: NDArray[Any], size: int) -> dict[str, Any]:
         "perplexity": 2**bits,
         "entropy_bits": bits,
         "largest_share": float(counts[0] / len(numbers)),
-        "curve": [list(point) for point in zip((ranks / size).tolist(), relative.tolist())],
+        "curve": np.stack([ranks / size, relative], 1).tolist(),
     }
 
 
