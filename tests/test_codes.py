@@ -22,7 +22,7 @@ from latent_ae.evaluation.code_stream import read_codes, write_codes
 from latent_ae.evaluation.code_usage import CodeUsage, expected_usage
 from latent_ae.evaluation.report import write_report
 from latent_ae.evaluation.report.numbers import fixed, percent
-from latent_ae.evaluation.tables import codes_table
+from latent_ae.evaluation.tables import codes_table, warnings_of
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.quantized import QuantizedAutoencoder
 from latent_ae.stock_vq import stock_of
@@ -155,6 +155,9 @@ def test_a_stream_is_near_what_theory_allows():
     bits = 8 * write_codes(numbers, 256).nbytes / numbers.size
     entropy = scipy.stats.entropy(shares, base=2)
     assert entropy - 0.02 < bits < 1.02 * entropy
+    # Pictures that differ cost no more: half of them use one half of the codebook.
+    halves = np.concatenate([rng.integers(32, size=20_000), rng.integers(32, 64, size=20_000)])
+    assert 8 * write_codes(halves[None], 64).nbytes / 40_000 == pytest.approx(6, abs=0.03)
     sparse = rng.integers(2**18, size=(1, 5000))
     assert 8 * write_codes(sparse, 2**18).nbytes / 5000 == pytest.approx(18, abs=0.1)
 
@@ -212,6 +215,9 @@ def test_every_kind_is_measured(quantised, photos, kind):
     assert codes["bits_per_image"]["coded"] == 8 * write_codes(
         numbers, frozen.codebook_size
     ).nbytes / len(NAMES)
+    told = [one for one in warnings_of([result]) if "fixed length" in one]
+    bits = codes["bits_per_image"]
+    assert len(told) == (bits["coded"] < 0.9 * bits["fixed_length"])
     json.dumps(result.to_json(), allow_nan=False)
 
 
@@ -240,7 +246,7 @@ def test_the_report_and_the_table_put_codes_side_by_side(quantised, exported, ph
         assert fixed(codes["dead"], 0) in page.text
         assert percent(codes["usage_uniform"], 1) in page.text
         titles = [one["title"] for one in result.content["pictures"]["prior"]]
-        assert titles == ["codes, all alike", "codes, as often as they occur"]
+        assert titles == ["codes, all equally likely", "codes, as likely as they occur"]
     for level in range(2):
         for head in range(2):
             assert f"level {level}, head {head}" in page.text

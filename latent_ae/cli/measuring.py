@@ -87,8 +87,9 @@ def evaluate(
     """Measure an autoencoder: reconstruction, latent space, low precision.
 
     MODEL is any image autoencoder of diffusers'. PSNR, SSIM, MS-SSIM, LPIPS and a Fréchet distance
-    with 95 % intervals, beside classical codecs at as many values or bits. Several processes share
-    the pictures: `accelerate launch -m latent_ae evaluate ...`.
+    with 95 % intervals, beside classical codecs at as many values or bits; of quantised latents,
+    how the codes are used and what they take once coded. Several processes share the pictures:
+    `accelerate launch -m latent_ae evaluate ...`.
     """
     from json import dumps
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import constriction
@@ -11,7 +13,9 @@ from numpy.typing import NDArray
 
 __all__ = ["read_codes", "write_codes"]
 
+_CODER: Any = constriction  # compiled; no stubs tell what it holds
 _FIRST, _GROWTH = 32, 8  # codes of the first block; each further is an eighth of all before it
+_STRIDE = (5**0.5 - 1) / 2  # of all codes: the golden section leaves the smallest gaps
 _DIGIT = 2**16  # of numbers that are too large for one uniform distribution of the coder
 _MOST_KNOWN = 2**22  # entries with a probability of their own: 2^-24 is the coder's least
 
@@ -22,7 +26,8 @@ def write_codes(numbers: NDArray[Any], size: int) -> NDArray[np.uint32]:
     Each slot has a model of its own, without memory of neighbours (order 0). Before a block it is
     the histogram of the slot's blocks before. The share of entries that were not seen yet is
     estimated by Good and Turing (Good 1953, Biometrika 40): that of the entries seen once. A new
-    entry is sent by its place among the unseen, all alike.
+    entry is sent by its place among the unseen, all equally likely. The codes are sent in strides
+    over all pictures, so that what was sent resembles what follows, however pictures differ.
 
     Args:
         numbers: of shape (slots, N), from 0 to size - 1.
@@ -31,16 +36,16 @@ def write_codes(numbers: NDArray[Any], size: int) -> NDArray[np.uint32]:
     Returns:
         Words of 32 bits. What the decoder must know beside them is the shape and the size.
     """
-    encoder = constriction.stream.queue.RangeEncoder()
+    encoder = _CODER.stream.queue.RangeEncoder()
     models = [_Histogram(size) for _ in numbers]
     for block in _blocks(numbers.shape[1]):
         for model, row in zip(models, numbers, strict=True):
-            part = row[block].astype(np.int64)
+            part = row[block].astype(np.int64, copy=False)
             symbols = model.symbols(part)
             if len(model.entries):
                 encoder.encode(symbols, model.distribution())
-            for digits, count in _digits(model.rank(part[symbols == model.new]), model.unseen):
-                encoder.encode(digits, constriction.stream.model.Uniform(count))
+            for digits, values in _digits(model.rank(part[symbols == model.new]), model.unseen):
+                encoder.encode(digits, _CODER.stream.model.Uniform(values))
             model.learn(part)
     return encoder.get_compressed()
 
@@ -53,23 +58,24 @@ def read_codes(stream: NDArray[np.uint32], shape: tuple[int, int], size: int) ->
         shape: of its numbers.
         size: as it was given.
     """
-    decoder = constriction.stream.queue.RangeDecoder(stream)
+    decoder = _CODER.stream.queue.RangeDecoder(stream)
     models = [_Histogram(size) for _ in range(shape[0])]
     numbers = np.empty(shape, np.int64)
     for block in _blocks(shape[1]):
-        length = block.stop - block.start
+        length = len(block)
         for model, row in zip(models, numbers, strict=True):
             symbols = np.full(length, model.new, np.int32)
             if len(model.entries):
                 symbols = decoder.decode(model.distribution(), length)
             fresh = symbols == model.new
             ranks = np.zeros(int(fresh.sum()), np.int64)
-            for place, count in _places(model.unseen):
-                digits = decoder.decode(constriction.stream.model.Uniform(count), len(ranks))
+            for place, values in _places(model.unseen):
+                digits = decoder.decode(_CODER.stream.model.Uniform(values), len(ranks))
                 ranks += digits.astype(np.int64) * place
-            part = row[block]
+            part = np.empty(length, np.int64)
             part[fresh] = model.unranked(ranks)
             part[~fresh] = model.entries[symbols[~fresh]]
+            row[block] = part
             model.learn(part)
     return numbers
 
@@ -108,7 +114,7 @@ class _Histogram:
         total, once = self.counts.sum(), (self.counts == 1).sum()
         fresh = (once + 0.5) / (total + 1) if self.unseen else 0.0
         shares = np.append(self.counts / total * (1 - fresh), fresh)
-        return constriction.stream.model.Categorical(shares, perfect=False)
+        return _CODER.stream.model.Categorical(shares, perfect=False)
 
     def rank(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The places of numbers among those without a probability."""
@@ -131,11 +137,13 @@ class _Histogram:
             self.entries, self.counts = self.entries[kept], self.counts[kept]
 
 
-def _blocks(length: int) -> Iterator[slice]:
+def _blocks(length: int) -> Iterator[NDArray[np.int64]]:
+    """The places of each block's codes, which lie evenly among all."""
+    stride = next(n for n in count(round(_STRIDE * length) or 1) if math.gcd(n, length) == 1)
     begin = 0
     while begin < length:
         end = min(length, begin + max(_FIRST, begin // _GROWTH))
-        yield slice(begin, end)
+        yield np.arange(begin, end) * stride % length
         begin = end
 
 
@@ -149,5 +157,5 @@ def _places(size: int) -> Sequence[tuple[int, int]]:
 
 
 def _digits(numbers: NDArray[np.int64], size: int) -> Iterator[tuple[NDArray[np.int32], int]]:
-    for place, count in _places(size):
-        yield (numbers // place % _DIGIT).astype(np.int32), count
+    for place, values in _places(size):
+        yield (numbers // place % _DIGIT).astype(np.int32), values

@@ -87,7 +87,7 @@ class CodeUsage:
 
 
 def expected_usage(size: int, positions: int) -> float:
-    """The share of entries that so many draws from all alike are expected to meet.
+    """The share of entries that so many draws are expected to meet where all are equally likely.
 
     1 − (1 − 1/size)^positions: each entry is missed by all draws with the probability of the power.
     """

@@ -148,7 +148,7 @@ def prior_draws(
 def code_draws(
     frozen: FrozenAutoencoder, numbers: NDArray[Any], side: int, count: int, seed: int
 ) -> dict[str, Tensor]:
-    """What random codes decode to: all alike, and each as often as it occurs in its slot.
+    """What random codes decode to: all equally likely, and as likely as they occur in their slot.
 
     Args:
         frozen: an autoencoder whose latents are quantised.
@@ -165,8 +165,8 @@ def code_draws(
     shape = (count, len(numbers), size, size)
     drawn = [rng.choice(row, (count, size, size)) for row in numbers]
     draws = {
-        "codes, all alike": rng.integers(frozen.codebook_size, size=shape),
-        "codes, as often as they occur": np.stack(drawn, 1).astype(np.int64),
+        "codes, all equally likely": rng.integers(frozen.codebook_size, size=shape),
+        "codes, as likely as they occur": np.stack(drawn, 1).astype(np.int64),
     }
     return {
         title: to_uint8(frozen.decode_indices(torch.from_numpy(draw))).cpu()

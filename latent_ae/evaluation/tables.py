@@ -12,6 +12,7 @@ from latent_ae.evaluation.result import Evaluation
 
 __all__ = ["codes_table", "latents_table", "reconstruction_table", "warnings_of"]
 
+_FULL = 0.9  # of the fixed length that coded codes take: less is told
 # Title, digits.
 _METRICS = {
     "psnr": ("PSNR ↑", 2),
@@ -99,6 +100,11 @@ def warnings_of(results: Sequence[Evaluation]) -> list[str]:
                 f"{result.name}: protocol {result.protocol.name} wants {wanted:,} pictures, and "
                 f"there were {data['images']:,}"
             )
+        if (share := _slack(content)) < _FULL:
+            sentences.append(
+                f"{result.name}: JPEG and WebP may take the codes' fixed length, of which a coder "
+                f"needs {100 * share:.0f} %"
+            )
         for row in content["references"]:
             if row["too_small"]:
                 sentences.append(
@@ -162,6 +168,16 @@ def _codes(codes: dict[str, Any] | None) -> dict[str, str]:
         "  entropy": bits("entropy"),
         "  coded stream": bits("coded"),
     }
+
+
+def _slack(content: dict[str, Any]) -> float:
+    """The share of the codecs' budget that the coded stream takes; 1 where there are none."""
+    if not content.get("codes") or all(
+        row["bits_per_image"] is None for row in content["references"]
+    ):
+        return 1.0
+    bits = content["codes"]["bits_per_image"]
+    return bits["coded"] / bits["fixed_length"] if bits["fixed_length"] else 1.0
 
 
 def _cell(name: str, means: dict[str, float], intervals: dict[str, Any]) -> str:

@@ -154,7 +154,7 @@ def _codes_chart(title: str, lines: Sequence[Series]) -> Markup:
         lines,
         Axis("entries, most used first", percent=True, low=0.0, high=1.0),
         Axis("frequency × entries", log=True),
-        level=(1.0, "all used alike"),
+        level=(1.0, "all used equally"),
     )
 
 
