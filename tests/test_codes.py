@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from conftest import NAMES
+from PIL import Image
 from test_report import Page
 
 from latent_ae import Evaluation, compare, evaluate
@@ -219,6 +220,20 @@ def test_every_kind_is_measured(quantised, photos, kind):
     bits = codes["bits_per_image"]
     assert len(told) == (bits["coded"] < 0.9 * bits["fixed_length"])
     json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_pictures_at_their_own_size(quantised, photos):
+    """Bits of all over pixels of all, also where the factor does not divide a side."""
+    native = Protocol(resolution=None, resize="none", lpips=(), frechet=None)
+    result = evaluate(quantised["vq"], photos, native, quick=True, references=())
+    codes, positions, pixels = result.content["codes"], 0, 0
+    for file in photos.iterdir():
+        with Image.open(file) as picture:
+            width, height = picture.size
+        positions += -(-width // 2) * -(-height // 2)
+        pixels += width * height
+    assert codes["positions"] == positions
+    assert codes["bits_per_pixel"]["fixed_length"] == pytest.approx(5 * positions / pixels)
 
 
 def test_a_posterior_has_no_codes(exported, photos):
