@@ -12,9 +12,11 @@ from latent_ae.autoencoder import Autoencoder, encode_mode, image_channels
 from latent_ae.config import Config
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.initialization import linear_code_, zero_residual_branches_
+from latent_ae.quantized import QuantizedAutoencoder
 
 __all__ = ["begin"]
 
+_WITH_RESIDUALS = (AutoencoderKL, QuantizedAutoencoder)
 _BATCHES = 64  # of training crops that a bottleneck sees at most
 
 
@@ -27,9 +29,9 @@ def begin(config: Config, model: Autoencoder, device: torch.device) -> None:
         device: where the encoder is to run.
     """
     network, init = model.network, config.network.init
-    if isinstance(network, AutoencoderKL) and init == "zero_residual":
+    if isinstance(network, _WITH_RESIDUALS) and init == "zero_residual":
         zero_residual_branches_(network)
-    elif isinstance(network, AutoencoderKL) and init == "linear":
+    elif isinstance(network, _WITH_RESIDUALS) and init == "linear":
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
         linear_code_(network, next(_crops(config, model, crops)))
