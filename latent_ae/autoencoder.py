@@ -251,4 +251,9 @@ def require_bottleneck(
             found = tuple(found) if isinstance(found, list) else found
             if found != value:
                 key = {"quantizer": "kind", "num_vq_embeddings": "codebook_size"}.get(key, key)
-                raise UserError(f"{name} has bottleneck.{key} {found}, not {value}: say it so")
+                found = str(found).lower() if isinstance(found, bool) else found
+                where = path or "this network"
+                raise UserError(
+                    f"the quantiser of {where} is another than the config's: set "
+                    f"bottleneck.{key}={found} (not {value})"
+                )

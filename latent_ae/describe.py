@@ -166,7 +166,7 @@ def _bottleneck(config: Config, values_per_element: float) -> dict[str, str]:
     if config.bottleneck.kind == "none":
         return {"bottleneck": "none: the latents go straight through"}
     if isinstance(config.bottleneck, VQConfig | FSQConfig | LFQConfig):
-        return {"codes": _codes(config.bottleneck)}
+        return {"codes": _codes(config.bottleneck) + _learned(config)}
     return {"kl weight λ": _weight(config, values_per_element)}
 
 
@@ -179,16 +179,26 @@ def _compression(config: Config, ratio: float, positions: float) -> str:
 
 
 def _codes(bottleneck: VQConfig | FSQConfig | LFQConfig) -> str:
-    """How many codes a position has, of how many values, and how they learn."""
+    """How many codes a position has, of how many values."""
     number = bottleneck.codes if bottleneck.codes > 1 else "one"
     text = f"{number} of {bottleneck.codebook_size:,} a position"
     if isinstance(bottleneck, FSQConfig):
         return f"{text} ({' × '.join(map(str, bottleneck.levels))} levels)"
     if isinstance(bottleneck, LFQConfig):
         return f"{text} ({bottleneck.bits} signs)"
-    text += "; entries " + ("of length 1 " if bottleneck.normalized else "")
+    return text
+
+
+def _learned(config: Config) -> str:
+    """How codebooks learn, if there are any."""
+    bottleneck = config.bottleneck
+    if not isinstance(bottleneck, VQConfig):
+        return ""
+    if config.network.freeze == "encoder":
+        return "; entries are frozen with the encoder"
+    text = "; entries " + ("of length 1 " if bottleneck.normalized else "")
     text += "by the optimizer" if bottleneck.update == "gradient" else "as moving averages"
-    text += ", started by k-means" if bottleneck.kmeans else ""
+    text += ", started by k-means" if bottleneck.kmeans and config.network.path is None else ""
     if bottleneck.revive_after:
         text += f", revived after {bottleneck.revive_after} updates without use"
     return text

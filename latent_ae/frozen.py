@@ -96,9 +96,12 @@ class FrozenAutoencoder:
             latents: raw, of shape (B, c, h, w).
             size: height and width to cut to, where `encode` has padded.
         """
-        latents = latents.to(self.device, PRECISIONS[self.precision])
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        decoded = self.network.decode(latents).sample.float()
+        if self.quantizes:  # before they are rounded to 16 bits
+            decoded = self.decode_indices(self.indices(latents))
+        else:
+            latents = latents.to(self.device, PRECISIONS[self.precision])
+            latents = latents.contiguous(memory_format=torch.channels_last)
+            decoded = self.network.decode(latents).sample.float()
         return decoded if size is None else decoded[..., : size[0], : size[1]]
 
     @property

@@ -33,7 +33,6 @@ _SIGNAL = 0.5
 _LOGVAR = -6.0  # a posterior 20 times narrower than the latents' unit variance
 _ROWS = 40_000  # positions that a least-squares fit looks at
 _RIDGE = 1e-4
-_LATENTS = "latent_channels"
 
 
 def zero_residual_branches_(network: Residual) -> None:
@@ -53,8 +52,7 @@ def linear_code_(network: Residual, images: Tensor) -> None:
             hundred of 64² will do. Random positions come from torch's global generator.
 
     Raises:
-        UserError: the network is too narrow to carry the signals, has attention, or quantises other
-            channels than its latents.
+        UserError: the network is too narrow to carry the signals, or has attention.
     """
     if network.config["mid_block_add_attention"]:
         raise UserError("network.init linear needs network.mid_block_add_attention: false")
@@ -64,11 +62,6 @@ def linear_code_(network: Residual, images: Tensor) -> None:
         raise UserError(
             f"network.init linear: the first of block_out_channels must hold the "
             f"{images.shape[1]} channels of a picture"
-        )
-    if (quantised := network.config.get("vq_embed_dim")) not in (None, network.config[_LATENTS]):
-        raise UserError(
-            f"network.init linear: {quantised} channels are quantised, so latent_channels is "
-            f"{quantised} too or left out"
         )
     zero_residual_branches_(network)
     for module in network.modules():
@@ -100,7 +93,7 @@ def _set_encoder_(network: Residual, images: Tensor) -> list[Tensor]:
 
 def _read_out_latents_(network: Residual, images: Tensor, coarsest: Tensor) -> Tensor:
     """Brings the leading components through the encoder's last norm; returns the latents."""
-    encoder, channels = network.encoder, network.config[_LATENTS]
+    encoder, channels = network.encoder, network.config["latent_channels"]
     if coarsest.shape[1] < channels:
         raise UserError(
             f"network.init linear: the encoder gives {coarsest.shape[1]} components, fewer than "

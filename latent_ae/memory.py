@@ -62,6 +62,8 @@ def training_memory(config: Config, network: Network, processes: int = 1) -> Tra
             saved = max(saved, count)
     share = processes if config.training.shard else 1
     weights, trained = _bytes(model) // share, _bytes(model, trained=True) // share
+    # Moving averages of codebooks, and what is gathered for them.
+    weights += 2 * sum(b.numel() * b.element_size() for b in model.bottleneck.buffers())
     memory = TrainingMemory(
         {
             "weights and EMA": weights + (trained if config.training.ema else 0),

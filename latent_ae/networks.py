@@ -22,7 +22,8 @@ from latent_ae.config import (
 from latent_ae.errors import UserError
 from latent_ae.network_folders import folder_config, network_in
 from latent_ae.network_kinds import NETWORKS, Network, NetworkSpec, class_names, spec_named, spec_of
-from latent_ae.stock_vq import quantized_of
+from latent_ae.quantized import QuantizedAutoencoder
+from latent_ae.stock_vq import normalize_, quantized_of
 
 __all__ = [
     "build_network",
@@ -51,7 +52,11 @@ def build_network(network: AnyNetwork, bottleneck: AnyBottleneck | None = None) 
             it takes.
     """
     if network.path is not None:
-        return _to_train(network.path)
+        found = _to_train(network.path)
+        wanted = isinstance(bottleneck, VQConfig) and bottleneck.normalized
+        if wanted and isinstance(found, QuantizedAutoencoder):
+            normalize_(found)  # a stock folder cannot say so
+        return found
     keys = network.model_dump(exclude={"kind", "path", "freeze", "init"})
     if isinstance(network, NetworkConfig):
         keys |= _blocks(network.block_out_channels) | {

@@ -23,15 +23,30 @@ __all__ = [
     "QuantizedAutoencoder",
     "Quantizer",
     "VectorQuantizer",
+    "nearest",
 ]
 
 _FILE = "quantized.py"  # its name in a saved folder
-_DISTANCES = 2**25  # computed at once
+_DISTANCES = {"cpu": 2**20}  # computed at once: what stays in the processor's cache
+_MOST_DISTANCES = 2**25  # on other devices
 
 
 def _exact(values: Tensor) -> Tensor:
     """In fp32, or in float64 where they are: in 16 bits many entries would be equally near."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+@torch.no_grad()
+def nearest(vectors: Tensor, entries: Tensor) -> Tensor:
+    """The number of the entry, of shape (K, d), nearest to each vector, of shape (N, d).
+
+    By the distances that diffusers' `VectorQuantizer` computes, so that both round alike. Of two
+    equally near it is the first.
+    """
+    if torch.compiler.is_compiling():  # N is no number there
+        return torch.cdist(vectors, entries).argmin(1)
+    rows = max(64, _DISTANCES.get(vectors.device.type, _MOST_DISTANCES) // len(entries))
+    return torch.cat([torch.cdist(some, entries).argmin(1) for some in vectors.split(rows)])
 
 
 class Quantizer(nn.Module):
@@ -116,7 +131,7 @@ class VectorQuantizer(Quantizer):
         return F.normalize(entries, dim=-1) if self.normalized else entries
 
     def nearest(self, residual: Tensor, level: int) -> Tensor:
-        """The numbers of a level, of shape (B, heads, h, w); of two equally near, the first.
+        """The numbers of a level, of shape (B, heads, h, w), as `nearest` has them.
 
         Args:
             residual: bounded latents without what the levels before have given.
@@ -126,10 +141,7 @@ class VectorQuantizer(Quantizer):
         for head, part in enumerate(residual.chunk(self.heads, 1)):
             entries = self.codebook(level * self.heads + head)
             vectors = part.permute(0, 2, 3, 1).reshape(-1, entries.shape[-1])
-            rows = max(1, _DISTANCES // self.size)
-            # By the distances that `VQModel` computes, so that both round alike.
-            numbers = [torch.cdist(some, entries).argmin(1) for some in vectors.split(rows)]
-            found.append(torch.cat(numbers).view(len(part), *part.shape[2:]))
+            found.append(nearest(vectors, entries).view(len(part), *part.shape[2:]))
         return torch.stack(found, 1)
 
     def look_up(self, numbers: Tensor, level: int) -> Tensor:
@@ -212,9 +224,7 @@ class FiniteScalarQuantizer(Quantizer):
 
 
 class LookupFreeQuantizer(Quantizer):
-    """The signs of the channels (Yu et al. 2023, arXiv:2310.05737): entries are ±1.
-
-    The first channel is the lowest bit of a code's number; 0 counts as negative.
+    """The signs of the channels, 0 as −1 (Yu et al. 2023, arXiv:2310.05737), lowest bit first.
 
     Args:
         bits: channels c of the latents.
@@ -250,6 +260,8 @@ class QuantizedAutoencoder(VQModel):
         levels: of fsq, one for each of `vq_embed_dim` channels.
         auto_map: where `diffusers.AutoModel` finds this class; for the saved config alone.
     """
+
+    _supports_gradient_checkpointing = True  # encoder and decoder do, `VQModel` does not say so
 
     @register_to_config
     def __init__(
@@ -311,16 +323,13 @@ class QuantizedAutoencoder(VQModel):
         )
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
-        """Writes config.json, and beside it this file, which alone can read it."""
-        super().save_config(save_directory, push_to_hub, **options)
+        """Writes config.json, and before it this file, which alone can read it."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         Path(save_directory, _FILE).write_bytes(Path(__file__).read_bytes())
+        super().save_config(save_directory, push_to_hub, **options)
 
     def indices(self, latents: Tensor) -> Tensor:
-        """The numbers of the codes, int64 of shape (B, codes, h, w).
-
-        Args:
-            latents: what `encode` gives, of shape (B, c, h, w).
-        """
+        """The numbers of the codes, (B, codes, h, w), of what `encode` gives, (B, c, h, w)."""
         return self.quantize.indices(latents)
 
     def decode_entries(self, entries: Tensor) -> Tensor:

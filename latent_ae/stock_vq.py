@@ -18,6 +18,7 @@ __all__ = [
     "OWN_KEYS",
     "codebook_sha256",
     "is_plain",
+    "normalize_",
     "quantized_of",
     "stock_of",
 ]
@@ -48,6 +49,22 @@ def quantized_of(stock: VQModel) -> QuantizedAutoencoder:
     return ours.train(stock.training)
 
 
+def normalize_(network: QuantizedAutoencoder) -> bool:
+    """Takes a network's latents and entries for directions, if that changes nothing it does.
+
+    Returns:
+        Whether all entries of its one codebook have length 1, so that it does not.
+    """
+    if network.config["normalized"] or not is_plain(network.config):
+        return False
+    lengths = network.quantize.codebooks.detach().norm(dim=-1)
+    if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
+        return False
+    network.quantize.normalized = True
+    network.register_to_config(normalized=True)
+    return True
+
+
 def stock_of(network: QuantizedAutoencoder) -> VQModel:
     """A `VQModel` that reconstructs as a network for which `is_plain` holds."""
     assert is_plain(network.config)
@@ -68,9 +85,7 @@ def codebook_sha256(network: QuantizedAutoencoder) -> str:
     """The sha256 (hex) of all that gives a code's number its meaning: the entries, in fp32."""
     quantizer = network.quantize
     if isinstance(quantizer, VectorQuantizer):
-        with torch.no_grad():
-            books = torch.stack([quantizer.codebook(i) for i in range(quantizer.codes)])
-        content = books.float().cpu().numpy().tobytes()
+        content = quantizer.codebooks.detach().float().cpu().numpy().tobytes()
     else:
         content = b""
     said = {key: network.config[key] for key in (*OWN_KEYS, "vq_embed_dim", "num_vq_embeddings")}

@@ -13,11 +13,12 @@ class Bottleneck(nn.Module):
     Its buffers are the same on every process; a checkpoint keeps them.
     """
 
-    def start(self, latents: Tensor) -> None:
-        """Looks at latents of the untrained encoder, of shape (B, c, h, w), before the first step.
+    def start(self, latents: Tensor, seed: int) -> None:
+        """Looks at latents of the untrained encoder before the first step.
 
         Args:
-            latents: the same on every process.
+            latents: of shape (B, c, h, w), the same on every process.
+            seed: of what is drawn.
         """
 
     def starts_on(self) -> int:

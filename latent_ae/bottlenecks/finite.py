@@ -8,49 +8,42 @@ from torch import Tensor
 
 from latent_ae.bottlenecks.base import Bottleneck
 from latent_ae.bottlenecks.gradients import straight_through
-from latent_ae.bottlenecks.usage import averaged, entropy, perplexity, summed, tallied
+from latent_ae.bottlenecks.usage import UsageMeter, averaged, entropy, perplexity, summed, tallied
 from latent_ae.config import FSQConfig, LFQConfig
 from latent_ae.outputs import Code
 from latent_ae.quantized import FiniteScalarQuantizer, LookupFreeQuantizer, Quantizer
 
 __all__ = ["FSQBottleneck", "LFQBottleneck"]
 
-_WINDOW = 100  # updates over which usage is told
-_COUNTED = 2**20  # codes beyond which only the batch's perplexity is told
+_COUNTED = 2**20  # codes beyond which they are not counted
 
 
 class _Counting(Bottleneck):
     """Knows which codes were used lately."""
 
-    idle: Tensor
-
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.counts = quantizer.size <= _COUNTED
-        if self.counts:
-            self.register_buffer("idle", torch.zeros(1, quantizer.size, dtype=torch.int32))
+        self.meter = UsageMeter(1, quantizer.size) if quantizer.size <= _COUNTED else None
         self._counts: Tensor | None = None
 
     @torch.no_grad()
     def _statistics(self, latents: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         found = {"latent_std": latents.detach().std()}
-        if not self.counts:
+        if self.meter is None:
             return found
         counts = tallied(numbers.flatten()[None], self.quantizer.size)
         if self.training:
             self._counts = counts if self._counts is None else self._counts + counts
-        usage = (self.idle < _WINDOW).float().mean()
-        return found | {"perplexity": perplexity(counts).mean(), "code_usage": usage}
+        return found | {"perplexity": perplexity(counts).mean()}
 
     @torch.no_grad()
     def after_update(self, skipped: Tensor, step: int) -> dict[str, Tensor]:
         """As of any `Bottleneck`."""
-        if self._counts is not None:
-            idle = torch.where(summed(self._counts) > 0, 0, self.idle + 1)
-            self.idle.copy_(torch.where(skipped, self.idle, idle))
-            self._counts = None
-        return {}
+        if self._counts is None or self.meter is None:
+            return {}
+        used, self._counts = summed(self._counts) > 0, None
+        return self.meter.after_update(used, skipped, step)
 
 
 class FSQBottleneck(_Counting):
@@ -83,7 +76,8 @@ class LFQBottleneck(_Counting):
 
     q is a product over the bits, so the first entropy is a sum over them. The second is one over
     groups of bits taken for independent, which bounds it from above (Zhao et al. 2024,
-    arXiv:2406.07548); with all bits in one group it is exact. Its mean runs over all processes.
+    arXiv:2406.07548); with all bits in one group it is exact. Its mean runs over all processes, but
+    over one micro-step: with accumulation each has its own.
     """
 
     quantizer: LookupFreeQuantizer

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latent_ae.quantized import nearest
+
 __all__ = ["kmeans"]
 
 _ROUNDS = 10
-_DISTANCES = 2**25  # computed at once
 
 
 @torch.no_grad()
@@ -36,16 +37,15 @@ def kmeans(
     centres = drawn(count)
     if len(vectors) < count:
         noise = torch.randn(count, vectors.shape[1], generator=generator).to(vectors)
-        centres = centres + 1e-2 * vectors.std(0) * noise
+        centres = centres + 1e-2 * vectors.std(0, correction=0) * noise
         return F.normalize(centres, dim=-1) if normalized else centres
     for _ in range(_ROUNDS):
         if normalized:
             centres = F.normalize(centres, dim=-1)
-        rows = max(1, _DISTANCES // count)
-        nearest = torch.cat([torch.cdist(v, centres).argmin(1) for v in vectors.split(rows)])
-        sizes = vectors.new_zeros(count).index_add_(0, nearest, vectors.new_ones(len(vectors)))
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        centres = torch.where(
-            (sizes > 0)[:, None], sums / sizes.clamp(min=1)[:, None], drawn(count)
-        )
+        found = nearest(vectors, centres)
+        sizes = vectors.new_zeros(count).index_add_(0, found, vectors.new_ones(len(vectors)))
+        sums = torch.zeros_like(centres).index_add_(0, found, vectors)
+        centres = sums / sizes.clamp(min=1)[:, None]
+        if empty := int((sizes == 0).sum()):
+            centres[sizes == 0] = drawn(empty)
     return F.normalize(centres, dim=-1) if normalized else centres

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["averaged", "entropy", "perplexity", "summed", "tallied"]
+__all__ = ["UsageMeter", "averaged", "entropy", "perplexity", "place", "summed", "tallied"]
 
 _LEAST = 1e-30  # a share whose logarithm is taken
 
@@ -31,14 +33,51 @@ def perplexity(counts: Tensor) -> Tensor:
     return entropy(counts / counts.sum(-1, keepdim=True)).exp()
 
 
-def _world() -> int:
-    here = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if here else 1
+class UsageMeter(nn.Module):
+    """Which codes were taken in the last updates; its buffer is the same on every process.
+
+    Args:
+        codes: of a position.
+        size: values of a code.
+    """
+
+    WINDOW: ClassVar[int] = 100  # updates
+
+    unseen: Tensor
+
+    def __init__(self, codes: int, size: int) -> None:
+        super().__init__()
+        # Updates since a code was last taken; at first none has been.
+        self.register_buffer("unseen", torch.full((codes, size), self.WINDOW, dtype=torch.int32))
+
+    def after_update(self, used: Tensor, skipped: Tensor, step: int) -> dict[str, Tensor]:
+        """Takes note of an update.
+
+        Args:
+            used: of shape (codes, size), whether a code was taken on any process.
+            skipped: a scalar of bool: the update does not count.
+            step: its number, from 0.
+
+        Returns:
+            `code_usage`, the share of the codes that were taken in the window, once it is full.
+        """
+        unseen = torch.where(used, 0, self.unseen + 1)
+        self.unseen.copy_(torch.where(skipped, self.unseen, unseen))
+        if step + 1 < self.WINDOW:
+            return {}
+        return {"code_usage": (self.unseen < self.WINDOW).float().mean()}
+
+
+def place() -> tuple[int, int]:
+    """This process's number, and how many train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def summed(values: Tensor) -> Tensor:
     """The sum over all processes, the same on each; a collective."""
-    if _world() > 1:
+    if place()[1] > 1:
         values = values.clone()
         torch.distributed.all_reduce(values)
     return values
@@ -49,6 +88,6 @@ def averaged(values: Tensor) -> Tensor:
 
     DDP's mean of the processes' gradients makes that of the mean of it.
     """
-    if (world := _world()) == 1:
+    if (world := place()[1]) == 1:
         return values
     return values + (summed(values.detach()) / world - values.detach())

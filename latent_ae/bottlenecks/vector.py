@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
 from latent_ae.bottlenecks.base import Bottleneck
 from latent_ae.bottlenecks.gradients import GRADIENTS
 from latent_ae.bottlenecks.kmeans import kmeans
-from latent_ae.bottlenecks.usage import perplexity, summed, tallied
+from latent_ae.bottlenecks.usage import UsageMeter, perplexity, place, summed, tallied
 from latent_ae.config import VQConfig
 from latent_ae.outputs import Code
 from latent_ae.quantized import VectorQuantizer
 
 __all__ = ["VQBottleneck"]
 
-_WINDOW = 100  # updates over which usage is told where no entry is revived
 _SMOOTHING = 1e-5  # of the sizes of clusters
 _VECTORS = 16  # of an entry, that k-means sees
 
@@ -50,7 +48,8 @@ class VQBottleneck(Bottleneck):
         books = quantizer.codebooks
         books.requires_grad_(learns and config.update == "gradient")
         self.averages = learns and config.update == "ema"
-        # Updates since an entry was last used.
+        self.meter = UsageMeter(*books.shape[:2])
+        # Updates since an entry was last used, or moved.
         self.register_buffer("idle", torch.zeros(books.shape[:2], dtype=torch.int32))
         if self.averages:
             self.register_buffer("sizes", torch.ones(books.shape[:2]))
@@ -62,7 +61,7 @@ class VQBottleneck(Bottleneck):
         """Empties what is gathered between two updates; no buffers, which DDP would overwrite."""
         self._counts: Tensor | None = None
         self._totals: Tensor | None = None
-        self._vectors: Tensor | None = None
+        self._left: Tensor | None = None
 
     def forward(self, encoded: Tensor) -> Code:
         """Maps latents of shape (B, c, h, w) to a `Code` of their entries, in fp32 or more."""
@@ -92,7 +91,6 @@ class VQBottleneck(Bottleneck):
             "latent_std": latents.detach().std(),
             "quantization_error": commitment[-1].detach().mean(),
             "perplexity": perplexity(counts).mean(),
-            "code_usage": (self.idle < (config.revive_after or _WINDOW)).float().mean(),
         }
         return Code(passed, statistics=statistics, penalties=terms)
 
@@ -107,36 +105,39 @@ class VQBottleneck(Bottleneck):
         Returns:
             How often each entry was taken, of shape (codes, size).
         """
-        codes, size = self.quantizer.codes, self.quantizer.size
         flat = numbers.transpose(0, 1).flatten(1)  # (codes, positions)
-        counts = tallied(flat, size)
-        if not (self.training and self.learns):
+        counts = tallied(flat, self.quantizer.size)
+        if not self.training:
             return counts
-        vectors = left.unflatten(1, (codes, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
         self._counts = counts if self._counts is None else self._counts + counts
         if self.averages:
             totals = torch.zeros_like(self.sums)
-            for book, (rows, found) in enumerate(zip(vectors, flat, strict=True)):
+            for book, (rows, found) in enumerate(zip(self._vectors(left), flat, strict=True)):
                 totals[book].index_add_(0, found, rows.to(totals))
             self._totals = totals if self._totals is None else self._totals + totals
-        self._vectors = vectors
+        self._left = left
         return counts
+
+    def _vectors(self, left: Tensor) -> Tensor:
+        """What each code stands for, of shape (codes, positions, c / heads)."""
+        parts = left.unflatten(1, (self.quantizer.codes, -1))
+        return parts.permute(1, 0, 3, 4, 2).flatten(1, 3)
 
     @torch.no_grad()
     def after_update(self, skipped: Tensor, step: int) -> dict[str, Tensor]:
         """As of any `Bottleneck`: averages, and dead entries moved onto latents."""
-        if self._counts is None or self._vectors is None:
+        if self._counts is None or self._left is None:
             return {}
-        used = summed(self._counts) > 0
-        idle = torch.where(used, 0, self.idle + 1)
-        self.idle.copy_(torch.where(skipped, self.idle, idle))
+        counts = summed(self._counts)
+        terms = self.meter.after_update(counts > 0, skipped, step)
         if self._totals is not None:
-            self._average(summed(self._counts), summed(self._totals), skipped)
-        every, terms = self.config.revive_after, {}
-        if every and (step + 1) % every == 0:
-            dead = (self.idle >= every) & ~skipped
-            self._revive(dead, self._vectors, step)
-            terms["codes_revived"] = dead.sum().float()
+            self._average(counts, summed(self._totals), skipped)
+        if self.learns and self.config.revive_after:
+            idle = torch.where(counts > 0, 0, self.idle + 1)
+            self.idle.copy_(torch.where(skipped, self.idle, idle))
+            if (step + 1) % self.config.revive_after == 0:
+                dead = (self.idle >= self.config.revive_after) & ~skipped
+                terms["codes_revived"] = self._revive(dead, self._vectors(self._left), step)
         self._forget()
         return terms
 
@@ -158,26 +159,29 @@ class VQBottleneck(Bottleneck):
         books = self.quantizer.codebooks
         books.copy_(torch.where(skipped, books, entries))
 
-    def _revive(self, dead: Tensor, vectors: Tensor, step: int) -> None:
-        """Puts dead entries onto latents of the last micro-step, of all processes in turn."""
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    def _revive(self, dead: Tensor, vectors: Tensor, step: int) -> Tensor:
+        """Puts dead entries onto latents of the last micro-step; returns how many.
+
+        The processes take turns, and each gives a latent once: where there are fewer latents than
+        dead entries, the rest wait for the next time.
+        """
+        rank, world = place()
         draws = torch.Generator().manual_seed(step * world + rank)
-        size = self.quantizer.size
-        # Each latent at most once, as far as they go.
-        order = torch.randperm(max(size, vectors.shape[1]), generator=draws)[:size]
-        picked = vectors[:, (order % vectors.shape[1]).to(vectors.device)]
-        mine = torch.arange(size, device=vectors.device) % world == rank
-        picked = summed(torch.where(mine[:, None], picked, 0.0))
+        order = torch.randperm(vectors.shape[1], generator=draws).to(vectors.device)
+        turn = dead.cumsum(1) - 1  # a number for each dead entry of a book
+        own = turn // world
+        mine = dead & (turn % world == rank) & (own < len(order))
+        rows = order[own.clamp(0, len(order) - 1)]
+        picked = vectors.gather(1, rows[..., None].expand(-1, -1, vectors.shape[-1]))
+        picked = summed(torch.where(mine[..., None], picked, 0.0))
+        self.revived = dead & (summed(mine.float()) > 0) & picked.isfinite().all(-1)
         books = self.quantizer.codebooks
-        dead = dead & picked.isfinite().all(-1)
-        self.revived = dead
-        books.copy_(torch.where(dead[..., None], picked.to(books), books))
-        self.idle.masked_fill_(dead, 0)
+        books.copy_(torch.where(self.revived[..., None], picked.to(books), books))
+        self.idle.masked_fill_(self.revived, 0)
         if self.averages:
-            self.sizes.masked_fill_(dead, 1.0)
-            self.sums.copy_(torch.where(dead[..., None], books, self.sums))
+            self.sizes.masked_fill_(self.revived, 1.0)
+            self.sums.copy_(torch.where(self.revived[..., None], books, self.sums))
+        return self.revived.sum().float()
 
     @torch.no_grad()
     def correct_averages(self, averaged: dict[str, Tensor]) -> None:
@@ -192,9 +196,9 @@ class VQBottleneck(Bottleneck):
         return _VECTORS * self.quantizer.size if self.config.kmeans and self.learns else 0
 
     @torch.no_grad()
-    def start(self, latents: Tensor) -> None:
+    def start(self, latents: Tensor, seed: int) -> None:
         """As of any `Bottleneck`: entries start at the centres of clusters of latents."""
-        quantizer, draws = self.quantizer, torch.Generator().manual_seed(0)
+        quantizer, draws = self.quantizer, torch.Generator().manual_seed(seed)
         residual = quantizer.bounded(latents)
         for level in range(quantizer.depth):
             for head, part in enumerate(residual.chunk(quantizer.heads, 1)):

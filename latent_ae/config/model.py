@@ -187,4 +187,13 @@ class AutoencoderConfig(Section):
             assert isinstance(self.bottleneck, VQConfig | FSQConfig | LFQConfig)
             if reason := self.bottleneck.misfit_of(self.network.channels_for(self.bottleneck)):
                 raise ValueError(f"bottleneck: {reason}")
+            channels = self.network.channels_for(self.bottleneck)
+            if self.network.init == "linear" and self.network.latent_channels not in (
+                None,
+                channels,
+            ):
+                raise ValueError(
+                    f"network.init linear: {channels} channels are quantised, so latent_channels "
+                    f"is {channels} too or left out"
+                )
         return self

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MOST_BITS = 31  # of a code's number, stored as int32
-Levels = Annotated[int, Field(ge=3)]
+Levels = Annotated[int, Field(ge=3, le=1000)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -84,7 +84,7 @@ class VQConfig(Section):
 
     kind: Literal["vq"]
     """`vq`: codebooks."""
-    codebook_size: PositiveInt = Field(default=1024, ge=2, le=2**_MOST_BITS)
+    codebook_size: PositiveInt = Field(default=1024, ge=2, le=2**22)
     """Entries K of each codebook."""
     heads: PositiveInt = 1
     """Parts of the channels, each with a codebook of its own."""
@@ -98,11 +98,12 @@ class VQConfig(Section):
     update: Literal["gradient", "ema"] = "gradient"
     """How entries follow their latents: by the optimizer, or as their moving average."""
     decay: Decay = 0.99
-    """Of that average, per update."""
+    """Of that average, per update (`ema` alone)."""
     commitment: NonNegativeFloat = 0.25
     """β before ‖z − sg[e]‖², which holds latents near their entries (means over latent values)."""
     kmeans: bool = True
-    """Entries start where k-means finds the latents of the untrained encoder."""
+    """Entries start where k-means finds the latents of the untrained encoder; those of
+    `network.path` stay what they are."""
     revive_after: NonNegativeInt = 100
     """An entry unused for as many updates is moved onto a latent; 0: never."""
     weight: PositiveFloat = 1.0
@@ -116,8 +117,6 @@ class VQConfig(Section):
             raise ValueError(
                 "normalized and depth exclude each other: what is left of a latent has no length 1"
             )
-        if self.update == "gradient" and "decay" in self.model_fields_set and self.decay != 0.99:
-            raise ValueError("decay is that of `update: ema`")
         return self
 
     @property

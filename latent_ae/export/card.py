@@ -68,7 +68,7 @@ def model_card(
     config = {"scaling_factor": 1.0, **missing, **config}
     record = without_paths(record)
     parts = [
-        _front(license_name, name, evaluation),
+        _front(license_name, name, evaluation, spec.quantizes),
         title(spec, config, record),
         how_to_load(config, name, variants),
         _facts(config, record),
@@ -81,8 +81,10 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(license_name: str, name: str, evaluation: Mapping[str, Any] | None) -> str:
-    tags = ["autoencoder", "vae", "latent-diffusion", "latent_ae"]
+def _front(
+    license_name: str, name: str, evaluation: Mapping[str, Any] | None, discrete: bool
+) -> str:
+    tags = ["autoencoder", "vq-vae" if discrete else "vae", "latent-diffusion", "latent_ae"]
     results = None
     if evaluation:
         data = evaluation["data"]

@@ -26,7 +26,6 @@ _QUANTIZERS = {
     "fsq": "finite scalar quantisation",
     "lfq": "lookup-free quantisation",
 }
-_BOTTLENECKS = {"vq": "codebook and commitment", "lfq": "commitment and entropy"}
 
 
 def loading_call(class_name: str, path: str) -> tuple[str, str]:
@@ -128,7 +127,7 @@ def objective_in_words(config: Mapping[str, Any]) -> str:
         text = f"{text}, over a variance that is {variance.replace('_', ' ')},"
     frozen = config["network"].get("freeze") == "encoder"
     if (weight := config["bottleneck"].get("weight")) and not frozen:
-        text += f" + {weight:g} {_BOTTLENECKS.get(config['bottleneck'].get('kind', 'kl'), 'KL')}"
+        text += f" + {_penalties(weight, config['bottleneck'])}"
     if alignment := losses.get("alignment"):
         text += (
             f" + {alignment['weight']:g} alignment with {last_part(alignment['model'])} (VA-VAE)"
@@ -143,6 +142,19 @@ def objective_in_words(config: Mapping[str, Any]) -> str:
         text += f" + {adversary['weight']:g} PatchGAN ({adversary['loss']}"
         text += f", from step {adversary['start']})"
     return text
+
+
+def _penalties(weight: float, bottleneck: Mapping[str, Any]) -> str:
+    """The bottleneck's terms with their weights."""
+    kind = bottleneck.get("kind", "kl")
+    if kind == "kl":
+        return f"{weight:g} KL"
+    terms = [f"{weight * bottleneck.get('commitment', 0.25):g} commitment"]
+    if kind == "lfq":
+        terms.append(f"{weight * bottleneck.get('entropy', 0.1):g} entropy")
+    elif bottleneck.get("update", "gradient") == "gradient":
+        terms.insert(0, f"{weight:g} codebook")
+    return " + ".join(terms)
 
 
 def last_part(path: str) -> str:

@@ -36,9 +36,11 @@ def begin(config: Config, model: Autoencoder, device: torch.device) -> None:
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
         linear_code_(network, next(_crops(config, model, crops)))
-    if wanted := model.bottleneck.starts_on():
+    # A folder's codebook is what has been learned.
+    if config.network.path is None and (wanted := model.bottleneck.starts_on()):
         model.to(device)
-        model.bottleneck.start(_latents(config, model, wanted, device))
+        latents = _latents(config, model, wanted, device)
+        model.bottleneck.start(latents, config.training.seed)
 
 
 def _crops(config: Config, model: Autoencoder, count: int) -> Iterator[Tensor]:
