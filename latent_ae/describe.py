@@ -166,7 +166,7 @@ def _bottleneck(config: Config, values_per_element: float) -> dict[str, str]:
     if config.bottleneck.kind == "none":
         return {"bottleneck": "none: the latents go straight through"}
     if isinstance(config.bottleneck, VQConfig | FSQConfig | LFQConfig):
-        return {"codes": _codes(config.bottleneck)}
+        return {"codes": _codes(config.bottleneck, new=config.network.path is None)}
     return {"kl weight λ": _weight(config, values_per_element)}
 
 
@@ -178,7 +178,7 @@ def _compression(config: Config, ratio: float, positions: float) -> str:
     return f"{bits:.3g} bits a pixel before entropy coding, of 8 a value of the picture"
 
 
-def _codes(bottleneck: VQConfig | FSQConfig | LFQConfig) -> str:
+def _codes(bottleneck: VQConfig | FSQConfig | LFQConfig, *, new: bool) -> str:
     """How many codes a position has, of how many values, and how they learn."""
     number = bottleneck.codes if bottleneck.codes > 1 else "one"
     text = f"{number} of {bottleneck.codebook_size:,} a position"
@@ -188,7 +188,7 @@ def _codes(bottleneck: VQConfig | FSQConfig | LFQConfig) -> str:
         return f"{text} ({bottleneck.bits} signs)"
     text += "; entries " + ("of length 1 " if bottleneck.normalized else "")
     text += "by the optimizer" if bottleneck.update == "gradient" else "as moving averages"
-    text += ", started by k-means" if bottleneck.kmeans else ""
+    text += ", started by k-means" if bottleneck.kmeans and new else ""
     if bottleneck.revive_after:
         text += f", revived after {bottleneck.revive_after} updates without use"
     return text

@@ -131,6 +131,18 @@ class TestEveryKind:
         assert all(k.startswith(("decoder", "post_quant_conv")) for k in moved)
 
 
+def test_the_entries_of_a_folder_are_not_drawn_anew(folders, photos, tmp_path, quiet):
+    """Its decoder reads them: k-means is for new networks."""
+    content = content_of("vq", photos, tmp_path / "run", steps=1, learning_rate=1e-9)
+    content["training"] |= {"seed": 7, "checkpoint_every": 1}  # other crops
+    content["network"] = {"path": str(folders("vq"))}
+    config = parse_config(content)
+    assert "k-means" not in describe(config)["codes"]
+    after = RunFolder(train(config, quiet)).checkpoint(1) / NETWORK
+    before = load_network(folders("vq")).quantize.codebooks.detach()
+    assert (load_file(after)["quantize.codebooks"] - before).abs().max() < 1e-6
+
+
 LOADED = """
 import sys
 sys.modules["latent_ae"] = None  # as on a machine that does not have it

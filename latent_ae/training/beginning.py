@@ -36,7 +36,8 @@ def begin(config: Config, model: Autoencoder, device: torch.device) -> None:
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
         linear_code_(network, next(_crops(config, model, crops)))
-    if wanted := model.bottleneck.starts_on():
+    # The entries of a folder are what its decoder has learned to read.
+    if config.network.path is None and (wanted := model.bottleneck.starts_on()):
         model.to(device)
         model.bottleneck.start(_latents(config, model, wanted, device))
 
