@@ -102,8 +102,8 @@ class VQConfig(Section):
     commitment: NonNegativeFloat = 0.25
     """β before ‖z − sg[e]‖², which holds latents near their entries (means over latent values)."""
     kmeans: bool = True
-    """Entries of a new network start where k-means finds the latents of its untrained encoder; those
-    of a folder stay."""
+    """Entries of a new network start where k-means finds the latents of its untrained encoder;
+    those of a folder stay."""
     revive_after: NonNegativeInt = 100
     """An entry unused for as many updates is moved onto a latent; 0: never."""
     weight: PositiveFloat = 1.0
