@@ -1,6 +1,6 @@
 """What do codes cost? An autoencoder, a VAE, VQ-VAEs, a VQGAN and FSQ, alike in all else.
 
-    python benchmarks/quantized.py TRAIN_PHOTOS HELD_OUT_PHOTOS [--steps 2000] [--runs runs/quantized]
+    python benchmarks/quantized.py TRAIN_PHOTOS HELD_OUT_PHOTOS [--steps 2000] [--runs FOLDER]
         [--only vq fsq] [--sheet docs/quantized.jpg]
 
 Trains configs/photos_vq_f8.yaml once for each of:
@@ -117,7 +117,7 @@ def measured(name, args):
     cells.append(f"{fixed:.3f}")
     if codes is None:
         return [*cells, *4 * ["–"]]
-    cells += [f"{codes['entropy_bits_per_pixel']:.3f}", f"{codes['coded_bits_per_pixel']:.3f}"]
+    cells += [f"{codes['bits_per_pixel'][name]:.3f}" for name in ("entropy", "coded")]
     return [*cells, f"{codes['usage']:.1%}", f"{codes['perplexity']:,.0f}"]
 
 
