@@ -21,7 +21,6 @@ from latent_ae.quantized import (
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
     QuantizedAutoencoder,
-    VectorQuantizer,
 )
 from latent_ae.stock_vq import codebook_sha256, is_plain, quantized_of, stock_of
 
@@ -165,18 +164,24 @@ def explicit_rotation(source, target):
 
 def test_rotation_and_commitment_are_those_of_another_library():
     torch.manual_seed(3)
-    theirs = VectorQuantize(dim=4, codebook_size=16, rotation_trick=True, accept_image_fmap=True)
-    theirs.eval()
-    book = theirs.codebook.detach().double()
-    z = latents(dtype=torch.float32).requires_grad_()
-    entries, numbers, _ = theirs(z)
-    weights = torch.randn(z.shape)
-    (weights * entries).sum().backward() if entries.requires_grad else None
-    quantizer = VectorQuantizer(16, 4).double()
+    theirs = VectorQuantize(
+        dim=4, codebook_size=16, rotation_trick=True, accept_image_fmap=True, freeze_codebook=True
+    ).train()
+    config = VQConfig(kind="vq", codebook_size=16, gradient="rotation", commitment=1)
+    bottleneck, quantizer = bottleneck_of(config)
     with torch.no_grad():
-        quantizer.codebooks[0] = book
-    assert torch.equal(quantizer.indices(z.detach().double())[:, 0], numbers)
-    torch.testing.assert_close(quantizer.entries(numbers[:, None]).float(), entries.detach())
+        quantizer.codebooks[0] = theirs.codebook.double()
+    z, weights = latents(dtype=torch.float32), torch.randn(2, 4, 5, 5)
+    given, taken = z.clone().requires_grad_(), z.double().requires_grad_()
+    entries, numbers, commitment = theirs(given)
+    code = bottleneck(taken)
+    assert torch.equal(quantizer.indices(z.double())[:, 0], numbers)
+    torch.testing.assert_close(code.latents.float(), entries)
+    ours = code.penalties["commitment"].mean()
+    torch.testing.assert_close(ours.float(), commitment)
+    ((weights * entries).sum() + commitment).backward()
+    ((weights * code.latents).sum() + ours).backward()
+    torch.testing.assert_close(taken.grad.float(), given.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_rotation_by_half_a_turn_is_finite():
@@ -298,6 +303,27 @@ class TestCodebook:
         bottleneck.after_update(bad, 3)
         assert torch.equal(quantizer.codebooks, kept)
         assert bottleneck.sums.isfinite().all()
+
+    @pytest.mark.parametrize("normalized", [False, True])
+    def test_averages_are_those_of_another_library(self, normalized):
+        """Which moves its entries in each forward pass: one of the whole batch, two of ours."""
+        theirs = VectorQuantize(
+            dim=4, codebook_size=16, decay=0.9, use_cosine_sim=normalized, accept_image_fmap=True
+        ).train()
+        config = VQConfig(
+            kind="vq", codebook_size=16, update="ema", decay=0.9, normalized=normalized
+        )
+        bottleneck, quantizer = bottleneck_of(config)
+        with torch.no_grad():
+            quantizer.codebooks[0] = theirs.codebook
+            bottleneck.sums.copy_(quantizer.codebooks)
+        for step in range(3):
+            z = latents(batch=4, dtype=torch.float32) + 0.1 * step
+            theirs(z)
+            for part in z.double().chunk(2):
+                bottleneck(part)
+            bottleneck.after_update(torch.tensor(False), step)
+            torch.testing.assert_close(quantizer.codebooks[0].float(), theirs.codebook)
 
     @pytest.mark.parametrize("update", ["gradient", "ema"])
     def test_dead_entries_are_moved_onto_latents(self, update):
