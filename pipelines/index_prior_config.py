@@ -92,7 +92,7 @@ class PriorConfig(BaseModel):
 
 
 def llama() -> tuple[Any, Any]:
-    """Transformers' `LlamaConfig` and `LlamaForCausalLM`.
+    """`LlamaConfig` and `LlamaForCausalLM` of transformers.
 
     Raises:
         UserError: transformers is not installed.

@@ -120,8 +120,9 @@ def cross_entropy(vocabulary: Vocabulary, logits: Tensor, tokens: Tensor) -> Ten
 
 
 def entropies(vocabulary: Vocabulary, counts: Tensor) -> float:
-    """The order-0 entropy in bits per code, mean over the slots: no code that looks at no other
-    needs less.
+    """The order-0 entropy in bits per code, mean over the slots.
+
+    What codes cost at least where none is predicted from another.
 
     Args:
         vocabulary: of the codes.

@@ -205,7 +205,7 @@ class Trainer:
         return cross_entropy(self.vocabulary, logits, batch[:, 1:]).double().sum()
 
     def require_sound(self) -> None:
-        """Raises `UserError` if the weights, or the losses of late, are not finite; a collective."""
+        """Raises `UserError` if weights, or the losses of late, are not finite; a collective."""
         finite = [weight.detach().isfinite().all() for weight in self.prior.parameters()]
         broken = ~torch.stack(finite).all()
         # One loss alone may be a bad picture's.

@@ -5,8 +5,8 @@
     python pipelines/sample_index_prior.py OUT --class 3 --count 8 --out sheet.png
 
 One process or many. OUT holds the prior (a stock `LlamaForCausalLM`), the autoencoder and
-index_prior.json; checkpoints and `log.jsonl` lie in `OUT-run`, and the same command goes on where it
-was stopped. All that is random about a step follows from the seed, the process and the step, so a
+index_prior.json; checkpoints and `log.jsonl` lie in `OUT-run`, and the same command goes on where
+it was stopped. All that is random about a step follows from the seed, the process and the step, so a
 resumed run sees what an uninterrupted one would have seen.
 
 From Python: `train("latents", "prior", PriorConfig(seconds=60))`.

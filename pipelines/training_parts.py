@@ -1,4 +1,4 @@
-"""What the trainings of pipelines/ share: processes, the learning rate, checkpoints, the command."""
+"""What the trainings of pipelines/ share: processes, learning rate, checkpoints, command."""
 
 from __future__ import annotations
 
