@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,22 @@ class _Draw:
         below = scores.double().softmax(-1).cumsum(-1)
         below = below / below[:, -1:]  # 1 at the end, which no noise reaches
         number = self.noise[:, input_ids.shape[1] - 1, None]
-        drawn = torch.searchsorted(below, number, right=True)
+        drawn = torch.searchsorted(below, number.contiguous(), right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars that transformers draws for a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class IndexPrior:
@@ -184,7 +199,8 @@ class IndexPrior:
                 "has learned from"
             )
         try:
-            prior = network.from_pretrained(folder / "prior", use_safetensors=True)
+            with _quiet():
+                prior = network.from_pretrained(folder / "prior", use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(f"transformers cannot load {folder / 'prior'}: {error}") from error
         if prior.config.vocab_size != vocabulary.entries:
@@ -205,7 +221,8 @@ class IndexPrior:
         aside, old = (
             output.with_name(f".{output.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
         )
-        self.prior.save_pretrained(aside / "prior")
+        with _quiet():
+            self.prior.save_pretrained(aside / "prior")
         shutil.copytree(self.autoencoder.path, aside / "autoencoder")
         record = {
             "format": FORMAT,

@@ -94,7 +94,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.identity: dict[str, Any] = {
             **{name: getattr(config, name) for name in FIXED.split()},
-            **asdict(vocabulary),
+            "vocabulary": asdict(vocabulary),
             "codebook": codebook,
             "label_names": list(data.manifest.label_names) if vocabulary.classes else [],
         }

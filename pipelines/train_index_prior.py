@@ -6,8 +6,8 @@
 
 One process or many. OUT holds the prior (a stock `LlamaForCausalLM`), the autoencoder and
 index_prior.json; checkpoints and `log.jsonl` lie in `OUT-run`, and the same command goes on where
-it was stopped. All that is random about a step follows from the seed, the process and the step, so a
-resumed run sees what an uninterrupted one would have seen.
+it was stopped. All that is random about a step follows from the seed, the process and the step, so
+a resumed run sees what an uninterrupted one would have seen.
 
 From Python: `train("latents", "prior", PriorConfig(seconds=60))`.
 """
