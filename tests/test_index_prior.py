@@ -515,3 +515,31 @@ def test_the_commands_from_codes_to_a_sheet(latents, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 2 * 128
         assert sheet.height > 3 * 128
+
+
+@pytest.mark.slow
+def test_two_processes_learn_and_measure_what_one_does(latents, tmp_path):
+    options = {**TINY, "steps": 6, "learning_rate": 1e-3}
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+    # `accelerate launch --cpu` starts one process whatever it is told, unless by mpirun.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    script = [str(PIPELINES / "train_index_prior.py"), str(latents), str(tmp_path / "prior")]
+    script += ["--held-out", str(latents)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment["PYTHONPATH"] = str(PIPELINES.parent)
+    subprocess.run([*launch, *script, *arguments], env=environment, check=True, timeout=250)
+    state = state_of(tmp_path / "prior-run/checkpoint.pt")
+    assert state["step"] == 6
+
+    # The same by hand: the mean of both processes' gradients at each step.
+    data, config = open_codes(latents), PriorConfig(**options)
+    trainer = Trainer(config, data, ONE, "", tmp_path / "one")
+    halves = [Examples(data, ONE, config, (rank, 2)) for rank in range(2)]
+    for step in range(6):
+        trainer.update([torch.cat([half[step] for half in halves])], trainer.progress())
+    for name, value in trainer.prior.state_dict().items():
+        torch.testing.assert_close(state["prior"][name], value, atol=2e-4, rtol=1e-3)
+    found = rows_of(tmp_path / "prior-run/log.jsonl")[-1]
+    for name, value in trainer.measure(data).items():
+        assert found[name] == pytest.approx(value, rel=1e-4)
