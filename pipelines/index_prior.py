@@ -162,6 +162,7 @@ class IndexPrior:
         autoencoder: with the codebook of the latents that the prior has learned from.
         vocabulary: the prior's tokens.
         label_names: of the classes, or none.
+        null_class: whether the prior has learned pictures without their class, too.
     """
 
     def __init__(
@@ -170,9 +171,10 @@ class IndexPrior:
         autoencoder: FrozenAutoencoder,
         vocabulary: Vocabulary,
         label_names: Sequence[str] = (),
+        null_class: bool = True,
     ) -> None:
         self.prior, self.autoencoder, self.vocabulary = prior.eval(), autoencoder, vocabulary
-        self.label_names = list(label_names)
+        self.label_names, self.null_class = list(label_names), null_class
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None) -> IndexPrior:
@@ -188,6 +190,7 @@ class IndexPrior:
                 raise UserError(f"{folder / RECORD} has the format {record['format']!r}")
             vocabulary = Vocabulary(**record["vocabulary"])
             names, codebook = record["label_names"], record["codebook_sha256"]
+            null_class = bool(record["null_class"])
         except FileNotFoundError as error:
             raise UserError(f"{folder} holds no prior over codes: it has no {RECORD}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -208,7 +211,7 @@ class IndexPrior:
                 f"the prior in {folder / 'prior'} has {prior.config.vocab_size} tokens, but "
                 f"{RECORD} wants {vocabulary.entries}"
             )
-        return cls(prior.to(autoencoder.device), autoencoder, vocabulary, names)
+        return cls(prior.to(autoencoder.device), autoencoder, vocabulary, names, null_class)
 
     def save(self, output: Path, facts: dict[str, Any]) -> None:
         """Writes the folder beside `output`, then takes its place.
@@ -228,6 +231,7 @@ class IndexPrior:
             "format": FORMAT,
             "vocabulary": asdict(self.vocabulary),
             "label_names": self.label_names,
+            "null_class": self.null_class,
             "codebook_sha256": self.autoencoder.codebook_sha256,
         }
         (aside / RECORD).write_text(json.dumps(record | facts, indent=2) + "\n", encoding="utf-8")
@@ -274,8 +278,14 @@ class IndexPrior:
     ) -> Tensor:
         """Codes of shape (B, codes, h, w); the arguments are those of a call."""
         require_known(list(labels), self.vocabulary)
-        if options.get("guidance_scale", 1) != 1 and not self.vocabulary.classes:
+        guided = options.get("guidance_scale", 1) != 1
+        if guided and not self.vocabulary.classes:
             raise UserError("a guidance scale takes classes, and this prior knows none")
+        if not self.null_class and (guided or -1 in labels):
+            raise UserError(
+                "guidance, and pictures of no class, take a prior that was trained with a "
+                "--label-dropout above 0"
+            )
         noise = noise_of(self.vocabulary, len(labels), seed)
         parts = zip(torch.tensor(labels).split(batch_size), noise.split(batch_size), strict=True)
         return torch.cat([sample(self.prior, self.vocabulary, *part, **options) for part in parts])

@@ -45,9 +45,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The PNG to write.")],
     classes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--class", help="A class, by name or number; several by several. Default: none in mind."
-        ),
+        typer.Option("--class", help="By name or number; can be said again. Default: no class."),
     ] = None,
     count: Annotated[int, typer.Option(help="Pictures of each class.", min=1)] = 8,
     guidance_scale: Annotated[

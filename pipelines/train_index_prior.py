@@ -108,7 +108,9 @@ def train(
             "held_out": measured,
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
-        IndexPrior(trainer.prior.cpu(), frozen, vocabulary, names).save(output, facts)
+        null_class = not vocabulary.classes or config.label_dropout > 0
+        prior = IndexPrior(trainer.prior.cpu(), frozen, vocabulary, names, null_class)
+        prior.save(output, facts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output

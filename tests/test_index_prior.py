@@ -391,6 +391,15 @@ class TestTraining:
         with pytest.raises(UserError, match="takes classes"):
             prior([-1], guidance_scale=2.0)
 
+    def test_without_dropped_classes_nothing_guides(self, latents, tmp_path):
+        config = PriorConfig(**TINY, steps=1, label_dropout=0.0)
+        output = train(latents, tmp_path / "prior", config, console=QUIET)
+        prior = IndexPrior.from_pretrained(output, "cpu")
+        assert prior([0, 1]).shape == (2, 3, 16, 16)
+        for labels, scale in (([0], 2.0), ([0, -1], 1.0)):
+            with pytest.raises(UserError, match="--label-dropout above 0"):
+                prior(labels, guidance_scale=scale)
+
 
 def test_several_codes_a_position_are_learned_by_heart(tmp_path):
     torch.manual_seed(0)
