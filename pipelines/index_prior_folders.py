@@ -70,7 +70,7 @@ def vocabulary_of(
     Raises:
         UserError: there are too many.
     """
-    _, height, width = data.manifest.latent_shape
+    height, width = data.manifest.latent_shape[-2:]
     classes = data.manifest.num_classes if labels else 0
     return Vocabulary(autoencoder.codebook_size, autoencoder.codes, height, width, classes)
 
@@ -82,7 +82,7 @@ def require_alike(held_out: LatentDataset, data: LatentDataset) -> None:
         made_by = manifest.autoencoder
         return {
             "codebook": getattr(made_by, "codebook_sha256", "") or made_by.weights_sha256,
-            "size": manifest.latent_shape[1:],
+            "size": manifest.latent_shape[-2:],
             "set of classes": (manifest.num_classes, tuple(manifest.label_names)),
         }
 
