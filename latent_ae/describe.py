@@ -67,7 +67,7 @@ def describe(
         + _frozen(config),
         "images": f"{image_channels(network)} × {side} × {side} in [-1, 1]",
         "latents": " × ".join(map(str, shape)) + f" (f{factor}, {channels} channels)",
-        "compression": f"{pixels / values:g} image values a latent value",
+        "compression": _compression(config, pixels / values, values / channels),
         "loss": _loss(config) + ", per image element",
         **_bottleneck(config, values / pixels),
         "adversary": _adversary(config, image_channels(network)) if config.adversary else "none",
@@ -170,15 +170,22 @@ def _bottleneck(config: Config, values_per_element: float) -> dict[str, str]:
     return {"kl weight λ": _weight(config, values_per_element)}
 
 
+def _compression(config: Config, ratio: float, positions: float) -> str:
+    if not isinstance(config.bottleneck, VQConfig | FSQConfig | LFQConfig):
+        return f"{ratio:g} image values a latent value"
+    bits = math.log2(config.bottleneck.codebook_size) * config.bottleneck.codes * positions
+    bits /= config.data.resolution**2
+    return f"{bits:.3g} bits a pixel before entropy coding, of 8 a value of the picture"
+
+
 def _codes(bottleneck: VQConfig | FSQConfig | LFQConfig) -> str:
     """How many codes a position has, of how many values, and how they learn."""
+    number = bottleneck.codes if bottleneck.codes > 1 else "one"
+    text = f"{number} of {bottleneck.codebook_size:,} a position"
     if isinstance(bottleneck, FSQConfig):
-        size = math.prod(bottleneck.levels)
-        return f"one of {size:,} a position ({' × '.join(map(str, bottleneck.levels))} levels)"
+        return f"{text} ({' × '.join(map(str, bottleneck.levels))} levels)"
     if isinstance(bottleneck, LFQConfig):
-        return f"one of {2**bottleneck.bits:,} a position ({bottleneck.bits} signs)"
-    numbers = bottleneck.heads * bottleneck.depth
-    text = f"{numbers if numbers > 1 else 'one'} of {bottleneck.codebook_size:,} a position"
+        return f"{text} ({bottleneck.bits} signs)"
     text += "; entries " + ("of length 1 " if bottleneck.normalized else "")
     text += "by the optimizer" if bottleneck.update == "gradient" else "as moving averages"
     text += ", started by k-means" if bottleneck.kmeans else ""

@@ -224,7 +224,12 @@ def posterior_of(output: Any) -> tuple[Tensor, Tensor | None]:
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     name = folder_config(folder)["_class_name"]
     if name in (VQModel.__name__, QuantizedAutoencoder.__name__):
-        network: Any = load_network(folder, dtype)
+        network: Any = load_network(folder, torch.float32)
+        # Its entries stay in fp32: rounded ones would be another codebook, with other numbers for
+        # latents that lie between two entries.
+        for part in network.children():
+            if part is not network.quantize:
+                part.to(dtype)
         return network.requires_grad_(False).eval()
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None or not all(hasattr(kind, verb) for verb in ("encode", "decode")):

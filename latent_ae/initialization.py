@@ -14,8 +14,10 @@ Two devices carry a signal unchanged through parts that are not linear:
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,14 +26,17 @@ from latent_ae.errors import UserError
 
 __all__ = ["linear_code_", "zero_residual_branches_"]
 
+Residual: TypeAlias = AutoencoderKL | VQModel
+
 _CONSTANT = 6.0  # K, beside signals of standard deviation _SIGNAL
 _SIGNAL = 0.5
 _LOGVAR = -6.0  # a posterior 20 times narrower than the latents' unit variance
 _ROWS = 40_000  # positions that a least-squares fit looks at
 _RIDGE = 1e-4
+_LATENTS = "latent_channels"
 
 
-def zero_residual_branches_(network: AutoencoderKL) -> None:
+def zero_residual_branches_(network: Residual) -> None:
     """Makes each residual block the identity at the start (Goyal et al. 2017, §5.1)."""
     for module in network.modules():
         if isinstance(module, ResnetBlock2D):
@@ -39,7 +44,7 @@ def zero_residual_branches_(network: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
+def linear_code_(network: Residual, images: Tensor) -> None:
     """Overwrites the weights of an untrained network so that it is a linear transform codec.
 
     Args:
@@ -48,7 +53,8 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
             hundred of 64² will do. Random positions come from torch's global generator.
 
     Raises:
-        UserError: the network is too narrow to carry the signals, or has attention.
+        UserError: the network is too narrow to carry the signals, has attention, or quantises other
+            channels than its latents.
     """
     if network.config["mid_block_add_attention"]:
         raise UserError("network.init linear needs network.mid_block_add_attention: false")
@@ -58,6 +64,11 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
         raise UserError(
             f"network.init linear: the first of block_out_channels must hold the "
             f"{images.shape[1]} channels of a picture"
+        )
+    if (quantised := network.config.get("vq_embed_dim")) not in (None, network.config[_LATENTS]):
+        raise UserError(
+            f"network.init linear: {quantised} channels are quantised, so latent_channels is "
+            f"{quantised} too or left out"
         )
     zero_residual_branches_(network)
     for module in network.modules():
@@ -71,7 +82,7 @@ def linear_code_(network: AutoencoderKL, images: Tensor) -> None:
     _set_decoder_(network, images, latents, features)
 
 
-def _set_encoder_(network: AutoencoderKL, images: Tensor) -> list[Tensor]:
+def _set_encoder_(network: Residual, images: Tensor) -> list[Tensor]:
     """Writes the analysis; returns the features of each level, the image first, coarsest last."""
     encoder: nn.Module = network.encoder
     _write_(encoder.conv_in, _eye(encoder.conv_in), 0)  # pyright: ignore
@@ -87,9 +98,9 @@ def _set_encoder_(network: AutoencoderKL, images: Tensor) -> list[Tensor]:
     return features
 
 
-def _read_out_latents_(network: AutoencoderKL, images: Tensor, coarsest: Tensor) -> Tensor:
+def _read_out_latents_(network: Residual, images: Tensor, coarsest: Tensor) -> Tensor:
     """Brings the leading components through the encoder's last norm; returns the latents."""
-    encoder, channels = network.encoder, network.config["latent_channels"]
+    encoder, channels = network.encoder, network.config[_LATENTS]
     if coarsest.shape[1] < channels:
         raise UserError(
             f"network.init linear: the encoder gives {coarsest.shape[1]} components, fewer than "
@@ -110,7 +121,7 @@ def _read_out_latents_(network: AutoencoderKL, images: Tensor, coarsest: Tensor)
 
 
 def _set_decoder_(
-    network: AutoencoderKL, images: Tensor, latents: Tensor, features: list[Tensor]
+    network: Residual, images: Tensor, latents: Tensor, features: list[Tensor]
 ) -> None:
     """Writes the synthesis, level by level, each fitted to what the levels before it give."""
     decoder, levels = network.decoder, list(features)

@@ -44,7 +44,8 @@ def quantized_of(stock: VQModel) -> QuantizedAutoencoder:
     ours: Any = QuantizedAutoencoder.from_config(dict(stock.config))
     ours.load_state_dict(_renamed(stock.state_dict(), _STOCK, _OURS, lambda t: t[None]))
     # Not diffusers' `to`, which warns of layers to keep in fp32, of which there are none.
-    return nn.Module.to(ours, stock.device, stock.dtype).train(stock.training)
+    nn.Module.to(ours, stock.device, stock.dtype)
+    return ours.train(stock.training)
 
 
 def stock_of(network: QuantizedAutoencoder) -> VQModel:
@@ -59,7 +60,8 @@ def stock_of(network: QuantizedAutoencoder) -> VQModel:
 
     state = _renamed(network.state_dict(), _OURS, _STOCK, single)
     stock.load_state_dict(state)
-    return nn.Module.to(stock, network.device, network.dtype).train(network.training)
+    nn.Module.to(stock, network.device, network.dtype)
+    return stock.train(network.training)
 
 
 def codebook_sha256(network: QuantizedAutoencoder) -> str:

@@ -14,6 +14,8 @@ from denoisers import build_scheduler
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentsManifest, weights_sha256
 from latent_ae.lineage import readable_latents
+from latent_ae.network_folders import folder_config
+from latent_ae.quantized import QuantizedAutoencoder
 from latent_ae.scaling import LatentScaling
 from latent_diffusion import LatentDiffusionPipeline
 from training_parts import check_parent
@@ -74,8 +76,11 @@ def check_output(output: Path, manifest: LatentsManifest, autoencoder: Path) -> 
 
 
 def _load(folder: Path) -> Any:
+    # Our own class, where the folder has code of its own: the same, and nothing foreign runs.
+    own = folder_config(folder)["_class_name"] == QuantizedAutoencoder.__name__
+    kind: Any = QuantizedAutoencoder if own else AutoModel
     try:
-        return AutoModel.from_pretrained(str(folder), use_safetensors=True)
+        return kind.from_pretrained(str(folder), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"diffusers cannot load the autoencoder in {folder}: {error}") from error
 

@@ -194,12 +194,12 @@ _ONLY_FOR: list[tuple[str, str, Callable[[DenoiserConfig], bool]]] = [
 ]
 
 
-def require_fit(config: DenoiserConfig, shapes: Sequence[tuple[int, int, int]]) -> None:
+def require_fit(config: DenoiserConfig, shapes: Sequence[tuple[int, ...]]) -> None:
     """Raises `UserError` unless the denoiser can take latents of all these shapes (c, h, w)."""
     if config.denoiser == "dit" and len(shapes) > 1:
         raise UserError(f"a DiT wants latents of one size, not of {len(shapes)}: try unet")
     halvings = len(config.channels) - 1
-    for _, h, w in shapes:
+    for *_, h, w in shapes:
         if config.denoiser == "dit" and (h != w or h % config.patch):
             raise UserError(
                 f"a DiT wants square latents that `patch` divides, not {h} × {w}: try unet"

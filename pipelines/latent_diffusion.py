@@ -32,8 +32,8 @@ Where memory is short (each as everywhere in diffusers; a `VQModel` can neither 
     pipe.enable_vae_slicing()        # large batches
     pipe.enable_model_cpu_offload()  # on the GPU: the network at work, and a VAE that has encoded
 
-From parts, with any diffusers autoencoder, a VQ one too: its latents are those before the codebook,
-which `vae.decode` then applies.
+From parts, with any diffusers autoencoder, a VQ one too (its latents are those before the codebook,
+which `vae.decode` then applies), or one that carries its code, as latent_ae's quantised ones do:
 
     pipe = LatentDiffusionPipeline(vae, denoiser, scheduler, id2label={0: "cat", 1: "dog"})
     pipe.save_pretrained("FOLDER")
@@ -172,9 +172,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def num_classes(self) -> int:
         """How many classes the denoiser was taught; also the index of the null class."""
         config = self.denoiser.config
-        if "num_embeds_ada_norm" in config:
-            return config.num_embeds_ada_norm
-        return (config.get("num_class_embeds") or 1) - 1
+        return config.get("num_embeds_ada_norm", (config.get("num_class_embeds") or 1) - 1)
 
     @property
     def guidance_scale(self) -> float:
@@ -394,8 +392,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             # Else the first step searches it, with a GPU sync.
             self.scheduler.set_begin_index(begin)
-        every: Any = self.scheduler.timesteps
-        timesteps = every[begin:]
+        timesteps = self.scheduler.timesteps[begin:]  # pyright: ignore
         self._num_timesteps = len(timesteps)
         return timesteps
 
@@ -569,10 +566,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The result of a call; outside the mask it has the picture's own pixels, bit for bit."""
         if output_type == "latent":
             return latents
-        decoded = self.decode_latents(latents)
-        images: Any = self.image_processor.denormalize(decoded)
+        images: Any = self.image_processor.denormalize(self.decode_latents(latents))
         if picture is not None and mask is not None and not self._is_latents(picture):
-            images = torch.where(mask.to(decoded.device), images, picture.to(decoded.device))
+            images = torch.where(mask.to(images.device), images, picture.to(images.device))
         return self.image_processor.postprocess(images, output_type, [False] * len(images))
 
     def enable_vae_tiling(self) -> None:
@@ -603,6 +599,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The content of `model_index.json`, naming this file as the home of the class."""
         content = json.loads(super().to_json_string())
         content["_class_name"] = [MODULE, type(self).__name__]
+        # A part may carry its code beside its weights, where `diffusers.AutoModel` finds it too.
+        for name, component in self.components.items():
+            if home := (component.config.get("auto_map") or {}).get("AutoModel"):
+                content[name] = home.rsplit(".", 1)
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 

@@ -65,7 +65,10 @@ def train(
     folder = Path(run) if run else output.with_name(output.name + "-run")
     data = LatentDataset(latents)
     if data.manifest.storage.kind == "indices":
-        raise UserError(f"{latents} holds codebook indices, which no diffusion of numbers fits")
+        raise UserError(
+            f"{latents} holds codebook indices, which no diffusion of numbers fits: encode again "
+            "with --store mode, the latents before the quantizer"
+        )
     autoencoder = Path(autoencoder or data.manifest.autoencoder.path)
     vae = check_autoencoder(autoencoder, data.manifest)
     check_output(output, data.manifest, autoencoder)

@@ -677,7 +677,7 @@ class TestKinds:
         ).eval()
         network.save_pretrained(tmp_path / "vq")
         manifest = encode(tmp_path / "vq", dozen, tmp_path / "out", resolution=32, **FAST)
-        assert (manifest.storage.kind, manifest.storage.dtype) == ("indices", "uint16")
+        assert (manifest.storage.kind, manifest.storage.dtype) == ("indices", "uint8")
         item = LatentDataset(tmp_path / "out")[3]
         assert item["indices"].shape == (16, 16)
         assert item["indices"].dtype == torch.int64

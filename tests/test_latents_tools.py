@@ -454,7 +454,7 @@ class TestMerge:
         encode(exported, data, tmp_path / "new", resolution=32, **FAST)
         manifest = merge([version_1, tmp_path / "new"], tmp_path / "out")
         assert verify(tmp_path / "out") == []
-        assert (manifest.version, manifest.autoencoder.downsampling) == (2, 2)
+        assert (manifest.version, manifest.autoencoder.downsampling) == (3, 2)
         assert manifest.statistics["codes"] == manifest.count == 13
         assert manifest.num_classes == 3
         both = codes_of(tmp_path / "out")

@@ -129,6 +129,6 @@ class LFQBottleneck(_Counting):
 def _products(bits: Tensor) -> Tensor:
     """Probabilities of all 2ⁿ words, of shape (N, 2ⁿ), of independent bits of shape (N, n)."""
     words = bits.new_ones(len(bits), 1)
-    for bit in bits.split(1, 1):
-        words = torch.cat([words * (1 - bit), words * bit], 1)
+    for bit in bits.unbind(1):
+        words = torch.cat([words * (1 - bit[:, None]), words * bit[:, None]], 1)
     return words

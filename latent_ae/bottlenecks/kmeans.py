@@ -19,8 +19,8 @@ def kmeans(
     """Centres of clusters, of shape (count, d), by Lloyd's algorithm (Lloyd 1982).
 
     It begins at vectors drawn without return, and puts a centre that nothing is near to onto
-    another vector in each round; so all centres lie among the vectors. Fewer vectors than centres
-    are drawn again, with a little noise between the copies.
+    another vector in each round; so all centres lie among the vectors. Where there are fewer
+    vectors than centres, those are the vectors, drawn again with a little noise between copies.
 
     Args:
         vectors: of shape (N, d).
@@ -33,11 +33,11 @@ def kmeans(
         order = torch.randperm(max(number, len(vectors)), generator=generator)[:number]
         return vectors[(order % len(vectors)).to(vectors.device)]
 
+    centres = drawn(count)
     if len(vectors) < count:
         noise = torch.randn(count, vectors.shape[1], generator=generator).to(vectors)
-        centres = drawn(count) + 1e-2 * vectors.std(0) * noise
-    else:
-        centres = drawn(count)
+        centres = centres + 1e-2 * vectors.std(0) * noise
+        return F.normalize(centres, dim=-1) if normalized else centres
     for _ in range(_ROUNDS):
         if normalized:
             centres = F.normalize(centres, dim=-1)

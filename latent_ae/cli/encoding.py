@@ -115,14 +115,17 @@ Keep = Annotated[
 Store = Annotated[
     Literal["moments", "mode", "indices"] | None,
     typer.Option(
-        help="Mean and log-variance, the mean alone, or codebook indices; what the autoencoder "
-        "gives when left out.",
+        help="Mean and log-variance, the mean (or latents before a quantizer) alone, or indices "
+        "of codes; what the autoencoder gives when left out.",
         rich_help_panel=_STORED,
     ),
 ]
 Dtype = Annotated[
-    Literal["float16", "bfloat16", "float32", "uint16", "int32"] | None,
-    typer.Option(help="float16, or integers for indices.", rich_help_panel=_STORED),
+    Literal["float16", "bfloat16", "float32", "uint8", "uint16", "int32"] | None,
+    typer.Option(
+        help="float16, or for indices the smallest integers that hold them, when left out.",
+        rich_help_panel=_STORED,
+    ),
 ]
 ShardMb = Annotated[
     int, typer.Option(help="Size of a shard, at most.", min=1, rich_help_panel=_STORED)

@@ -87,8 +87,9 @@ def evaluate(
     """Measure an autoencoder: reconstruction, latent space, low precision.
 
     MODEL is any image autoencoder of diffusers'. PSNR, SSIM, MS-SSIM, LPIPS and a Fréchet distance
-    with 95 % intervals, beside classical codecs at as many values or bits. Several processes share
-    the pictures: `accelerate launch -m latent_ae evaluate ...`.
+    with 95 % intervals, beside classical codecs at as many values or bits; of quantised latents,
+    how the codes are used and what they take once coded. Several processes share the pictures:
+    `accelerate launch -m latent_ae evaluate ...`.
     """
     from json import dumps
 
@@ -198,10 +199,17 @@ def _report(folders: list[Path], out: Path) -> None:
 def _tell(results: list[Evaluation]) -> None:
     from rich.console import Console
 
-    from latent_ae.evaluation.tables import latents_table, reconstruction_table, warnings_of
+    from latent_ae.evaluation.tables import (
+        codes_table,
+        latents_table,
+        reconstruction_table,
+        warnings_of,
+    )
 
     console = Console()
     console.print(reconstruction_table(results))
+    if any(result.content.get("codes") for result in results):
+        console.print(codes_table(results))
     if any(result.content["latents"] for result in results):
         console.print(latents_table(results))
     first, data = results[0], results[0].content["data"]

@@ -101,8 +101,8 @@ class Storage(Section):
 
     kind: Literal["moments", "mode", "indices"] = "moments"
     """`moments`: mean and log-variance of the posterior; `mode`: the mean, or the latents of an
-    autoencoder without a posterior; `indices`: places in a codebook."""
-    dtype: Literal["float16", "bfloat16", "float32", "uint16", "int32"] = "float16"
+    autoencoder without a posterior; `indices`: the numbers of its codes."""
+    dtype: Literal["float16", "bfloat16", "float32", "uint8", "uint16", "int32"] = "float16"
     """Of the stored values; integers for indices."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the encoder's weights and activations."""

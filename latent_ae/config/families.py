@@ -23,7 +23,6 @@ class NewNetwork(Section):
 
     path: ClassVar[None] = None
     freeze: ClassVar[str] = "nothing"
-    init: ClassVar[str] = "default"
 
     @model_validator(mode="before")
     @classmethod
@@ -43,6 +42,7 @@ class NewNetwork(Section):
 class DCNetworkConfig(NewNetwork):
     """diffusers' `AutoencoderDC` (Chen et al. 2024, arXiv:2410.10733), built anew."""
 
+    init: ClassVar[str] = "default"
     kind: Literal["dc"]
     """`dc`: deep compression, latents without a posterior."""
     in_channels: PositiveInt = 3
@@ -116,6 +116,7 @@ class DCNetworkConfig(NewNetwork):
 class TinyNetworkConfig(NewNetwork):
     """diffusers' `AutoencoderTiny` (TAESD's architecture), built anew."""
 
+    init: ClassVar[str] = "default"
     kind: Literal["tiny"]
     """`tiny`: plain convolutions, latents without a posterior; for previews."""
     in_channels: PositiveInt = 3

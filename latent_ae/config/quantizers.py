@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MOST_BITS = 31  # of a code's number, stored as int32
-Levels = Annotated[int, Field(ge=2)]
+Levels = Annotated[int, Field(ge=3)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -51,6 +51,11 @@ class VQNetworkConfig(NewNetwork):
     """Groups of every GroupNorm; divides each of `block_out_channels`."""
     mid_block_add_attention: bool = True
     """Self-attention at the smallest size."""
+    init: Literal["default", "zero_residual", "linear"] = "default"
+    """`zero_residual`: every residual block starts as the identity; `linear`: the whole network
+    starts as the best linear code of the training crops, before it is quantised (needs
+    `mid_block_add_attention: false`, few `norm_num_groups` and as many `latent_channels` as are
+    quantised)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> VQNetworkConfig:
@@ -115,6 +120,11 @@ class VQConfig(Section):
             raise ValueError("decay is that of `update: ema`")
         return self
 
+    @property
+    def codes(self) -> int:
+        """How many codes a position has."""
+        return self.heads * self.depth
+
     def misfit_of(self, channels: int) -> str | None:
         """Why these channels cannot be quantised so, or None."""
         if channels % self.heads:
@@ -137,17 +147,24 @@ class FSQConfig(Section):
 
     weight: ClassVar[float] = 1.0
     warmup_steps: ClassVar[int] = 0
+    codes: ClassVar[int] = 1
 
     kind: Literal["fsq"]
     """`fsq`: levels."""
     levels: tuple[Levels, ...] = Field(default=(8, 5, 5, 5), min_length=1)
-    """Of each channel; their product is the number of codes."""
+    """Of each channel, 3 or more (the paper advises 5; 2 are lfq's); their product is the number of
+    codes."""
 
     @model_validator(mode="after")
     def _countable(self) -> FSQConfig:
-        if math.prod(self.levels) > 2**_MOST_BITS:
+        if self.codebook_size > 2**_MOST_BITS:
             raise ValueError(f"levels: more than 2^{_MOST_BITS} codes")
         return self
+
+    @property
+    def codebook_size(self) -> int:
+        """How many different numbers a code can have."""
+        return math.prod(self.levels)
 
     @property
     def dimensions(self) -> int:
@@ -168,6 +185,8 @@ class FSQConfig(Section):
 class LFQConfig(Section):
     """Lookup-free quantisation: the signs of the channels."""
 
+    codes: ClassVar[int] = 1
+
     kind: Literal["lfq"]
     """`lfq`: signs."""
     bits: PositiveInt = Field(default=10, le=_MOST_BITS)
@@ -187,6 +206,11 @@ class LFQConfig(Section):
     """Before all terms of the bottleneck."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which it rises linearly from 0."""
+
+    @property
+    def codebook_size(self) -> int:
+        """How many different numbers a code can have."""
+        return 2**self.bits
 
     @property
     def dimensions(self) -> int:

@@ -282,6 +282,7 @@ def _result(
         "frechet": distance,
         "references": rows,
         "latents": gathered.latents.summary(frozen.scaling) if gathered.latents else None,
+        "codes": gathered.codes.summary() if gathered.codes else None,
         "probes": None,
         "precision": None,
         "pictures": {},

@@ -15,6 +15,7 @@ from latent_ae.evaluation.gallery import save_webp
 from latent_ae.evaluation.measurement import Gathered
 from latent_ae.evaluation.probes import (
     channel_effects,
+    code_draws,
     code_map,
     equivariance,
     interpolate,
@@ -125,8 +126,11 @@ def _save_pictures(
     if gathered.latents is None:
         return result
     side = min(protocol.resolution or 256, 256)
-    moments = gathered.latents.channel_moments()
-    draws = prior_draws(frozen, moments, side, PRIOR_DRAWS, protocol.seed)
+    if gathered.codes is not None:
+        draws = code_draws(frozen, gathered.codes.together(), side, PRIOR_DRAWS, protocol.seed)
+    else:
+        moments = gathered.latents.channel_moments()
+        draws = prior_draws(frozen, moments, side, PRIOR_DRAWS, protocol.seed)
     for number, (title, decoded) in enumerate(draws.items()):
         files = [save_webp(where, f"prior-{number}-{i}", x) for i, x in enumerate(decoded)]
         result["prior"].append({"title": title, "files": files})

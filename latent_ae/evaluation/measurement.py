@@ -14,6 +14,7 @@ from torch import Tensor
 from latent_ae.bottlenecks import gaussian_kl
 from latent_ae.config import Protocol
 from latent_ae.data import Batch, Sample, Skipped, normalize, to_uint8
+from latent_ae.evaluation.code_usage import CodeUsage
 from latent_ae.evaluation.frechet import FrechetDistance
 from latent_ae.evaluation.gallery import Gallery, Shown
 from latent_ae.evaluation.latent_space import LatentSpace
@@ -36,6 +37,7 @@ class Gathered:
         references: the metrics of each picture by reference, and its bits.
         skipped: pictures that could not be read.
         latents: the codes together, or None where nobody asks.
+        codes: their numbers, or None where latents are not quantised.
         gallery: pictures to show.
         frechet: the state of the Fréchet distances, or None.
         model_seconds: spent in the network.
@@ -45,6 +47,7 @@ class Gathered:
     references: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     latents: LatentSpace | None = None
+    codes: CodeUsage | None = None
     gallery: Gallery = field(default_factory=lambda: Gallery(0, 0))
     frechet: dict[str, Any] | None = None
     model_seconds: float = 0.0
@@ -59,6 +62,8 @@ class Gathered:
         self.skipped += other.skipped
         if self.latents is not None and other.latents is not None:
             self.latents.merge(other.latents)
+        if self.codes is not None and other.codes is not None:
+            self.codes.merge(other.codes)
         self.gallery.merge(other.gallery)
         self.model_seconds = max(self.model_seconds, other.model_seconds)
 
@@ -92,7 +97,10 @@ class Measurement:
         space = (
             LatentSpace(frozen.channels, protocol.seed, frozen.image_channels) if latents else None
         )
-        self.gathered = Gathered(latents=space, gallery=Gallery(*gallery))
+        codes = None
+        if frozen.quantizes:
+            codes = CodeUsage(frozen.codebook_size, getattr(frozen.network.quantize, "heads", 1))
+        self.gathered = Gathered(latents=space, codes=codes, gallery=Gallery(*gallery))
 
     @torch.no_grad()
     def update(self, batch: Batch) -> None:
@@ -151,9 +159,11 @@ class Measurement:
             gathered.rows.append({**_row(sample, pixels[i], finite=True), **metrics[i], **extra})
             shown = (pixels[i].clone(), decoded[i].cpu().clone(), metrics[i])
             gathered.gallery.add(Shown(sample.position, sample.key, *shown))
+        positions = [sample.position for sample in samples]
         if gathered.latents is not None:
-            positions = [sample.position for sample in samples]
             gathered.latents.update(mean, logvar, pixels, positions)
+        if gathered.codes is not None:
+            gathered.codes.update(self.frozen.indices(mean), pixels[0, 0].numel(), positions)
         compared = {MODEL: decoded}
         for name in self.references:
             compared[name] = self._reference(name, samples, images, mean[0].numel(), bits)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_ae.data import normalize, to_uint8
@@ -13,6 +15,7 @@ from latent_ae.frozen import FrozenAutoencoder
 
 __all__ = [
     "channel_effects",
+    "code_draws",
     "code_map",
     "equivariance",
     "interpolate",
@@ -140,6 +143,35 @@ def prior_draws(
     mean, std = (moment.float().cpu().view(-1, 1, 1) for moment in moments)
     draws = {"N(0, I)": noise, "N(mean, std²) of each channel": mean + std * noise}
     return {title: to_uint8(frozen.decode(draw)).cpu() for title, draw in draws.items()}
+
+
+def code_draws(
+    frozen: FrozenAutoencoder, numbers: NDArray[Any], side: int, count: int, seed: int
+) -> dict[str, Tensor]:
+    """What random codes decode to: all equally likely, and as likely as they occur in their slot.
+
+    Args:
+        frozen: an autoencoder whose latents are quantised.
+        numbers: of the codes of some pictures, of shape (slots, N).
+        side: as of `prior_draws`.
+        count: likewise.
+        seed: likewise.
+
+    Returns:
+        As `prior_draws`.
+    """
+    size = max(1, side // frozen.downsampling)
+    rng = np.random.default_rng(seed)
+    shape = (count, len(numbers), size, size)
+    drawn = [rng.choice(row, (count, size, size)) for row in numbers]
+    draws = {
+        "codes, all equally likely": rng.integers(frozen.codebook_size, size=shape),
+        "codes, as likely as they occur": np.stack(drawn, 1).astype(np.int64),
+    }
+    return {
+        title: to_uint8(frozen.decode_indices(torch.from_numpy(draw))).cpu()
+        for title, draw in draws.items()
+    }
 
 
 def interpolate(frozen: FrozenAutoencoder, images: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from latent_ae.evaluation.result import Evaluation
 
-__all__ = ["latents_table", "reconstruction_table", "warnings_of"]
+__all__ = ["codes_table", "latents_table", "reconstruction_table", "warnings_of"]
 
+_FULL = 0.9  # of the fixed length that coded codes take: less is told
 # Title, digits.
 _METRICS = {
     "psnr": ("PSNR ↑", 2),
@@ -64,6 +65,18 @@ def latents_table(results: Sequence[Evaluation]) -> Table:
     return table
 
 
+def codes_table(results: Sequence[Evaluation]) -> Table:
+    """How quantised latents use their codes, a column for each autoencoder; dashes without."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("codes")
+    for result in results:
+        table.add_column(result.name, justify="right", overflow="fold")
+    facts = [_codes(result.content.get("codes")) for result in results]
+    for title in next(fact for fact in facts if fact):
+        table.add_row(title, *(fact.get(title, "–") for fact in facts))
+    return table
+
+
 def warnings_of(results: Sequence[Evaluation]) -> list[str]:
     """What a reader must know before trusting the numbers, a sentence each."""
     sentences = []
@@ -86,6 +99,11 @@ def warnings_of(results: Sequence[Evaluation]) -> list[str]:
             sentences.append(
                 f"{result.name}: protocol {result.protocol.name} wants {wanted:,} pictures, and "
                 f"there were {data['images']:,}"
+            )
+        if (share := _slack(content)) < _FULL:
+            sentences.append(
+                f"{result.name}: JPEG and WebP may take the codes' fixed length, of which a coder "
+                f"needs {100 * share:.0f} %"
             )
         for row in content["references"]:
             if row["too_small"]:
@@ -126,6 +144,40 @@ def _facts(content: dict[str, Any]) -> dict[str, str]:
         ),
         "force_upcast": str(precision.get("force_upcast", "–")).lower(),
     }
+
+
+def _codes(codes: dict[str, Any] | None) -> dict[str, str]:
+    if not codes:
+        return {}
+    pixel, image = codes["bits_per_pixel"], codes["bits_per_image"]
+
+    def bits(name: str) -> str:
+        return f"{pixel[name]:.4f} ({image[name] / 1000:,.1f})"
+
+    slots = codes["per_position"]
+    return {
+        "entries": f"{codes['size']:,}" + (f", {slots} a position" if slots > 1 else ""),
+        "positions": f"{codes['positions']:,}",
+        "usage": f"{100 * codes['usage']:.1f} %",
+        "  of as many uniform draws": f"{100 * codes['usage_uniform']:.1f} %",
+        "dead entries": f"{codes['dead']:,}",
+        "perplexity": _number(codes["perplexity"], 1),
+        "entropy, bits a code": _number(codes["entropy_bits"], 2),
+        "bits a pixel (kbit a picture)": "",
+        "  fixed length": bits("fixed_length"),
+        "  entropy": bits("entropy"),
+        "  coded stream": bits("coded"),
+    }
+
+
+def _slack(content: dict[str, Any]) -> float:
+    """The share of the codecs' budget that the coded stream takes; 1 where there are none."""
+    if not content.get("codes") or all(
+        row["bits_per_image"] is None for row in content["references"]
+    ):
+        return 1.0
+    bits = content["codes"]["bits_per_image"]
+    return bits["coded"] / bits["fixed_length"] if bits["fixed_length"] else 1.0
 
 
 def _cell(name: str, means: dict[str, float], intervals: dict[str, Any]) -> str:

@@ -84,8 +84,9 @@ def _load(folder: Path, like: Network, variant: str | None = None) -> Network:
 
 def _as_written(network: Network) -> Any:
     """The network in the class that the folder names: diffusers' own wherever that can say it."""
-    plain = isinstance(network, QuantizedAutoencoder) and is_plain(network.config)
-    return stock_of(network) if plain else network
+    if isinstance(network, QuantizedAutoencoder) and is_plain(network.config):
+        return stock_of(network)
+    return network
 
 
 @torch.no_grad()

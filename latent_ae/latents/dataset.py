@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latent_ae.errors import UserError
+from latent_ae.latents.entries import quantizer_for
 from latent_ae.latents.format import read_manifest, tensor_name
 from latent_ae.latents.index import LatentIndex
 from latent_ae.latents.shards import MappedShard
@@ -26,8 +27,9 @@ __all__ = ["LatentDataset"]
 class LatentDataset(Dataset):
     """A latents folder as a map-style data set.
 
-    An item is a dict: `latents`, float32 of shape (c, h, w), or `indices`, int64 of shape (h, w),
-    and the columns asked for; `label` is −1 where there is none.
+    An item is a dict: `latents`, float32 of shape (c, h, w), or `indices`, int64 of shape (h, w)
+    (where a position has several codes, (codes, h, w)); and the columns asked for; `label` is −1
+    where there is none.
 
     Args:
         folder: what `encode` wrote.
@@ -38,9 +40,12 @@ class LatentDataset(Dataset):
         columns: of the index, to go with each item.
         seed: makes all draws a function of seed, epoch (`set_epoch`) and position; left out, they
             come from torch's global generator, anew at each reading.
+        entries_of: the folder of the autoencoder that gave the indices: then an item has, in their
+            place, `latents`: the entries that its decoder receives, with `scale` as all latents.
 
     Raises:
-        UserError: the folder is unfinished, damaged, of another format, or has no such column.
+        UserError: the folder is unfinished, damaged, of another format, or has no such column; or
+            it holds no indices of the codebook in `entries_of`.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class LatentDataset(Dataset):
         variants: Literal["all", "draw"] = "all",
         columns: Sequence[str] = ("label", "key"),
         seed: int | None = None,
+        entries_of: str | Path | None = None,
     ) -> None:
         if variants not in ("all", "draw"):
             raise UserError(f"variants {variants!r} is unknown; valid: all, draw")
@@ -59,6 +65,9 @@ class LatentDataset(Dataset):
         self.manifest = read_manifest(folder)
         self.sample, self.scale, self.variants, self.seed = sample, scale, variants, seed
         self.columns = tuple(columns)
+        self._quantizer = None
+        if entries_of is not None:
+            self._quantizer = quantizer_for(entries_of, self.folder, self.manifest)
         self.index = LatentIndex(self.folder, self.manifest, self.columns)
         self._columns = self._arrays()
         self._shift, self._factor = self.manifest.autoencoder.shift_and_factor(torch.empty(0))
@@ -94,7 +103,7 @@ class LatentDataset(Dataset):
         generator = self._generator(position)
         code = self._code(position, generator)
         item: dict[str, Any] = {}
-        if self.manifest.storage.kind == "indices":
+        if self.manifest.storage.kind == "indices" and self._quantizer is None:
             item["indices"] = self._stored("indices", code).to(torch.int64)
         else:
             item["latents"] = self._latents(code, generator)
@@ -145,12 +154,19 @@ class LatentDataset(Dataset):
         return first + int(torch.randint(end - first, (), generator=generator))
 
     def _latents(self, code: int, generator: torch.Generator | None) -> Tensor:
-        latents = self._stored("mean", code).float()
+        latents = self._mode(code)
         if self.sample and self.manifest.storage.kind == "moments":
             std = self._stored("logvar", code).float().mul_(0.5).exp_()
             latents += torch.randn(latents.shape, generator=generator).mul_(std)
         # As `LatentScaling.to_final`, whose tensors would be made anew for each item.
         return latents.sub_(self._shift).mul_(self._factor) if self.scale else latents
+
+    def _mode(self, code: int) -> Tensor:
+        """The raw mean or, of indices, the entries; float32 of shape (c, h, w)."""
+        if self._quantizer is None:
+            return self._stored("mean", code).float()
+        indices = self._stored("indices", code).to(torch.int64)
+        return self._quantizer.entries(indices.view(1, -1, *indices.shape[-2:]))[0].float()
 
     def _stored(self, name: str, code: int) -> Tensor:
         size = self.index.sizes[int(self.index.size[code])]

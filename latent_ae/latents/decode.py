@@ -16,6 +16,7 @@ from latent_ae.data import Bands, to_uint8
 from latent_ae.errors import UserError
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.latents.dataset import LatentDataset
+from latent_ae.latents.entries import check_codebook
 from latent_ae.lineage import readable_latents
 
 __all__ = ["decode", "open_autoencoder"]
@@ -50,7 +51,8 @@ def decode(
         How many pictures were written.
 
     Raises:
-        UserError: no such folder, or an autoencoder with other weights than the encoder's.
+        UserError: no such folder, or an autoencoder with other weights than the encoder's (its
+            decoder apart, where it was trained alone), or of indices with another codebook.
     """
     dataset = LatentDataset(latents, sample=False, scale=False, columns=("key",))
     frozen = open_autoencoder(dataset, model, precision, device)
@@ -88,6 +90,8 @@ def open_autoencoder(
         raise UserError(
             f"{dataset.folder} was encoded by another autoencoder than the one at {path}"
         )
+    if dataset.manifest.storage.kind == "indices":
+        check_codebook(frozen.codebook_sha256, path, dataset.folder, dataset.manifest)
     return frozen
 
 
@@ -105,7 +109,9 @@ def _of_one_size(dataset: LatentDataset, count: int, batch_size: int) -> list[li
 
 def _decoded(frozen: FrozenAutoencoder, rows: list[dict]) -> torch.Tensor:
     if "indices" in rows[0]:
-        return frozen.decode_indices(torch.stack([row["indices"] for row in rows]))
+        indices = torch.stack([row["indices"] for row in rows])
+        # One code a position is stored without a dimension of its own.
+        return frozen.decode_indices(indices.view(len(rows), -1, *indices.shape[-2:]))
     return frozen.decode(torch.stack([row["latents"] for row in rows]))
 
 

@@ -45,7 +45,7 @@ def describe(folder: str | Path) -> Group:
     """A latents folder within 100 columns: whose latents, of which pictures, how distributed.
 
     Args:
-        folder: a finished latents folder, of this version or the one before.
+        folder: a finished latents folder, of this version or one before.
 
     Raises:
         UserError: it is unfinished, or its manifest or an index is missing or damaged.
@@ -97,6 +97,7 @@ def _facts(folder: Path, manifest: LatentsManifest) -> Table:
         "latents": str(folder),
         "autoencoder": f"{made.class_name} {made.weights_sha256[:12]}{factor}",
         "": made.path,
+        "codebook": _codebook(manifest),
         "pictures": _source(manifest),
         "cut": _cut(manifest),
         "stored": f"{_KINDS[stored.kind]} ({stored.kind}) as {stored.dtype}; the encoder ran in "
@@ -113,6 +114,16 @@ def _facts(folder: Path, manifest: LatentsManifest) -> Table:
         if fact:
             table.add_row(name, Text(fact))  # as text: names may hold what looks like markup
     return table
+
+
+def _codebook(manifest: LatentsManifest) -> str:
+    made = manifest.autoencoder
+    if not made.codebook_size:
+        return ""
+    codes = "a code" if made.codes == 1 else f"{made.codes} codes"
+    return (
+        f"{made.codebook_sha256[:12]}, {codes} of {_number(made.codebook_size)} values a position"
+    )
 
 
 def _source(manifest: LatentsManifest) -> str:
@@ -145,8 +156,7 @@ def _cut(manifest: LatentsManifest) -> str:
 def _shape(manifest: LatentsManifest) -> str:
     if manifest.preprocessing.buckets:
         return f"{len(manifest.latent_shapes)} sizes (buckets)"
-    shape = manifest.latent_shape[1 if manifest.storage.kind == "indices" else 0 :]
-    return " × ".join(map(str, shape))
+    return " × ".join(map(str, manifest.latent_shape))
 
 
 def _bytes(folder: Path, manifest: LatentsManifest) -> str:

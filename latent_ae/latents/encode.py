@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -23,12 +24,13 @@ from latent_ae.latents.chunks import Chunk, load_chunks
 from latent_ae.latents.encoder import DTYPES, BatchEncoder, Batches
 from latent_ae.latents.files import FolderLock
 from latent_ae.latents.folder import Done, UnfinishedFolder
-from latent_ae.latents.format import AutoencoderRecord, LatentsManifest, read_manifest
+from latent_ae.latents.format import TENSORS, AutoencoderRecord, LatentsManifest, read_manifest
 from latent_ae.latents.plan import (
     Plan,
     Unit,
     data_record,
     describe_difference,
+    shapes_of,
     storage_for,
 )
 from latent_ae.latents.progress import EncodeProgress
@@ -85,10 +87,8 @@ class Job:
             raise UserError(str(error)) from error
         source = open_source(config, frozen.image_channels).first(config.limit)
         stored = storage_for(frozen, store, dtype)
-        sides = [tuple(s // frozen.downsampling for s in size) for size in preprocessing.sizes()]
-        shapes = [(frozen.channels, *side) for side in sides]
-        values = {"moments": 2 * frozen.channels, "mode": frozen.channels, "indices": 1}
-        a_code = max(h * w for h, w in sides) * values[stored["kind"]]  # pyright: ignore
+        shapes = shapes_of(frozen, stored["kind"], preprocessing.sizes())
+        a_code = max(map(math.prod, shapes)) * len(TENSORS[stored["kind"]])
         a_picture = a_code * DTYPES[stored["dtype"]].itemsize * preprocessing.variants
         rows = max(1, shard_bytes // a_picture)
         plan = Plan(
@@ -96,7 +96,7 @@ class Job:
             data=data_record(config, source),
             preprocessing=preprocessing,
             storage=Storage(precision=precision, shard_rows=rows, **stored),  # pyright: ignore
-            latent_shapes=shapes,  # pyright: ignore
+            latent_shapes=shapes,
         )
         # A CPU's caches like small batches; a GPU's many cores like large ones.
         batch_size = batch_size or (32 if frozen.device.type == "cuda" else 2)
@@ -195,7 +195,7 @@ def encode(
             most 16.
         store: `moments`, `mode` or `indices`; what the autoencoder gives, when left out.
         dtype: of what is stored: `float16` (when left out), `bfloat16`, `float32`; for indices
-            `uint16` or `int32`.
+            `uint8`, `uint16` or `int32`, the smallest that holds them when left out.
         precision: of the encoder: `bf16`, `fp16` or `fp32`; left out, bf16 where it is fast.
         shard_bytes: what a shard shall have at most.
         limit: take only the first pictures.

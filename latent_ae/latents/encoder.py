@@ -21,6 +21,7 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "uint8": torch.uint8,
     "uint16": torch.uint16,
     "int32": torch.int32,
 }
@@ -135,7 +136,8 @@ class BatchEncoder:
         mean, logvar = self.frozen.encode(normalize(images))
         finite = mean.flatten(1).isfinite().all(1)
         if self.storage.kind == "indices":
-            return {"indices": self.frozen.indices(mean).to(self.dtype)}, finite
+            found = self.frozen.indices(mean).to(self.dtype)
+            return {"indices": found if self.frozen.codes > 1 else found[:, 0]}, finite
         tensors = {"mean": mean.to(self.dtype)}
         if self.storage.kind == "moments" and logvar is not None:
             tensors["logvar"] = logvar.to(self.dtype)

@@ -77,7 +77,6 @@ class Codes:
         buckets, kind = self.manifest.preprocessing.buckets, self.manifest.storage.kind
         wanted = {}
         for size, shape in self.shapes.items():
-            shape = shape[1:] if kind == "indices" else shape
             for base in TENSORS[kind]:
                 name = tensor_name(base, size, buckets)
                 count = len(self.rows.get(size, ()))
@@ -152,7 +151,8 @@ def tensor_faults(shard: MappedShard, codes: Codes) -> Iterator[str]:
             if tensor.dtype != DTYPES[stored]:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield f"tensor {name!r} is {dtype}, the manifest says {stored}"
-            for row, more, fault in _value_faults(name.partition(".")[0], tensor):
+            size_of_codebook = codes.manifest.autoencoder.codebook_size
+            for row, more, fault in _value_faults(name.partition(".")[0], tensor, size_of_codebook):
                 others = f" and of {more} more" if more else ""
                 yield f"{name} of {codes.key(size, row)}{others} {fault}"
 
@@ -203,13 +203,22 @@ def _picture_faults(table: pa.Table) -> Iterator[str]:
         yield f"{first!r} and {second!r} have one position, as if they were one picture"
 
 
-def _value_faults(kind: str, tensor: Tensor) -> Iterator[tuple[int, int, str]]:
-    """The first row with a fault, how many more have it, and the fault."""
+def _value_faults(kind: str, tensor: Tensor, entries: int) -> Iterator[tuple[int, int, str]]:
+    """The first row with a fault, how many more have it, and the fault.
+
+    Args:
+        kind: `mean`, `logvar` or `indices`.
+        tensor: of shape (n, …).
+        entries: the numbers that a code can have; 0 where nobody has noted it.
+    """
     if not tensor.numel():
         return
     low, high = LOGVAR_RANGE
     if kind == "indices":
-        faults = {"has negative values": tensor.to(torch.int64) < 0}
+        numbers = tensor.to(torch.int64)
+        faults = {"has negative values": numbers < 0}
+        if entries:
+            faults[f"has values above {entries - 1}"] = numbers >= entries
     else:
         finite = tensor.isfinite()
         faults = {"has values that are not finite": ~finite}

@@ -27,6 +27,7 @@ __all__ = [
     "DataRecord",
     "LatentsManifest",
     "ShardRecord",
+    "StoredShape",
     "index_bytes",
     "picture_starts",
     "read_manifest",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 FORMAT = "latent_ae/latents"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 RECORD = b"latent_ae"  # where an index's metadata holds the record of its shard
 
@@ -57,6 +58,9 @@ INDEX_COLUMNS: dict[str, pa.DataType] = {
 }
 
 
+# Of what is stored of a picture: (c, h, w), or (h, w) of indices where a position has one code.
+StoredShape = tuple[int, int] | tuple[int, int, int]
+
 # What a shard's tensors are called, by what is stored.
 TENSORS = {"moments": ("mean", "logvar"), "mode": ("mean",), "indices": ("indices",)}
 
@@ -69,6 +73,9 @@ class AutoencoderRecord(LatentScaling):
     class_name: str
     downsampling: int = 0  # 0: not said, as in version 1
     channels: int = 0
+    codebook_size: int = 0  # 0: latents are not quantised, or it is not said, as in version 2
+    codes: int = 0  # a position
+    codebook_sha256: str = ""
 
     @classmethod
     def of(cls, frozen: FrozenAutoencoder) -> AutoencoderRecord:
@@ -79,6 +86,9 @@ class AutoencoderRecord(LatentScaling):
             class_name=frozen.class_name,
             downsampling=frozen.downsampling,
             channels=frozen.channels,
+            codebook_size=frozen.codebook_size,
+            codes=frozen.codes,
+            codebook_sha256=frozen.codebook_sha256,
             **frozen.scaling.model_dump(),
         )
 
@@ -114,7 +124,7 @@ class ShardRecord(BaseModel):
 
 
 class LatentsManifest(BaseModel):
-    """What `manifest.json` says; `latent_shapes` are those of single codes, each (c, h, w)."""
+    """What `manifest.json` says; `latent_shapes` are those of single codes, as they are stored."""
 
     format: str = FORMAT
     version: int = FORMAT_VERSION
@@ -122,7 +132,7 @@ class LatentsManifest(BaseModel):
     data: DataRecord = DataRecord()
     preprocessing: Preprocessing
     storage: Storage
-    latent_shapes: list[tuple[int, int, int]]
+    latent_shapes: list[StoredShape]
     count: int
     pictures: int = 0
     skipped: int = 0
@@ -134,7 +144,7 @@ class LatentsManifest(BaseModel):
     versions: dict[str, str] = {}
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> StoredShape:
         """The shape of every code; raises `UserError` with buckets, where there are several."""
         if len(self.latent_shapes) != 1:
             raise UserError("these latents have several sizes (buckets); one is wanted here")
@@ -176,7 +186,7 @@ def record_of(index: Path) -> ShardRecord:
 
 
 def read_manifest(folder: str | Path) -> LatentsManifest:
-    """Reads a latents folder's manifest, of this version or the one before.
+    """Reads a latents folder's manifest, of this version or one before.
 
     Raises:
         UserError: the folder has none, or one that this version does not understand.
@@ -186,13 +196,17 @@ def read_manifest(folder: str | Path) -> LatentsManifest:
         raise UserError(f"{folder} is no finished latents folder: it has no {MANIFEST}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("format") != FORMAT or content.get("version") not in (1, FORMAT_VERSION):
+        known = range(1, FORMAT_VERSION + 1)
+        if content.get("format") != FORMAT or content.get("version") not in known:
             raise UserError(
                 f"{file} has format {content.get('format')!r} version {content.get('version')!r}; "
-                f"this latent_ae reads {FORMAT!r} versions 1 and {FORMAT_VERSION}"
+                f"this latent_ae reads {FORMAT!r} versions 1 to {FORMAT_VERSION}"
             )
         if content["version"] == 1:
             content = _from_version_1(content)
+        elif content["version"] == 2 and content["storage"]["kind"] == "indices":
+            # It had the shapes of latents there, and knew one code a position.
+            content["latent_shapes"] = [shape[1:] for shape in content["latent_shapes"]]
         return LatentsManifest.model_validate(content)
     except (ValueError, ValidationError, AttributeError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]

@@ -19,6 +19,7 @@ from latent_ae.errors import UserError
 from latent_ae.latents.files import sha256_of, write_whole
 from latent_ae.latents.foreign import whole
 from latent_ae.latents.format import (
+    AutoencoderRecord,
     DataRecord,
     LatentsManifest,
     ShardRecord,
@@ -42,6 +43,8 @@ from latent_ae.latents.writer import write_index
 
 __all__ = ["merge", "split"]
 
+# What version 2 did not note; the weights are compared too.
+_UNTOLD = {"autoencoder.codebook_size", "autoencoder.codes", "autoencoder.codebook_sha256"}
 _TOLERANCE = 1e-6  # of a sum of shares such as a third, written with a few digits
 
 
@@ -61,16 +64,16 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> LatentsManifest:
     the first folder's.
 
     Args:
-        folders: two or more finished latents folders, of this version or the one before.
+        folders: two or more finished latents folders, of this version or one before.
         out: the folder to make.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: the folders differ in the autoencoder's weights or scaling, the preprocessing
-            (but for its seed), what is stored, the labels' names or the columns; one is damaged, or
-            `out` is not empty.
+        UserError: the folders differ in the autoencoder's weights, scaling or codebook, the
+            preprocessing (but for its seed), what is stored, the labels' names or the columns; one
+            is damaged, or `out` is not empty.
     """
     sources = [_Source(Path(folder), read_manifest(folder)) for folder in folders]
     _check_mergeable(sources, Path(out))
@@ -107,7 +110,7 @@ def split(
     its split; its `num_classes` is the whole's.
 
     Args:
-        folder: a finished latents folder, of this version or the one before.
+        folder: a finished latents folder, of this version or one before.
         shares: of each part's folder, its share of the pictures; together 1.
         seed: of the division.
 
@@ -211,6 +214,8 @@ def _check_mergeable(sources: list[_Source], out: Path) -> None:
     wanted = _comparable(first)
     for other in others:
         for name, value in _comparable(other).items():
+            if name in _UNTOLD and not (value and wanted[name]):
+                continue
             if value != wanted[name]:
                 raise UserError(
                     f"{other.folder} cannot be merged with {first.folder}: {name} is {value!r}, "
@@ -233,6 +238,11 @@ def _comparable(source: _Source) -> dict[str, Any]:
     return found | {"kept columns": kept_columns(*source)}
 
 
+def _how_much(record: AutoencoderRecord) -> tuple[bool, bool]:
+    """How much a record of the same autoencoder says: the older the version, the less."""
+    return record.downsampling > 0, record.codebook_size > 0
+
+
 def _merged(sources: list[_Source], pictures: int) -> dict[str, Any]:
     """What the manifest of several says in other words than the first of them."""
     manifests = [source.manifest for source in sources]
@@ -243,7 +253,7 @@ def _merged(sources: list[_Source], pictures: int) -> dict[str, Any]:
         for name, number in manifest.versions.items():
             versions.setdefault(name, []).append(number)
     return {
-        "autoencoder": max((m.autoencoder for m in manifests), key=lambda a: a.downsampling > 0),
+        "autoencoder": max((m.autoencoder for m in manifests), key=_how_much),
         "data": DataRecord(
             source="merged",
             path=", ".join(str(source.folder.resolve()) for source in sources),

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,24 @@ from latent_ae.config import EncodingSource, Preprocessing, Storage
 from latent_ae.data import Source
 from latent_ae.errors import UserError
 from latent_ae.frozen import FrozenAutoencoder
-from latent_ae.latents.format import AutoencoderRecord, DataRecord
+from latent_ae.latents.format import AutoencoderRecord, DataRecord, StoredShape
 
 __all__ = [
     "Plan",
     "Unit",
     "data_record",
     "describe_difference",
+    "shapes_of",
     "storage_for",
     "stream_files",
 ]
 
 # Where the same latents may come from another place, or need no comparison.
 _FREE = {"path"}
+# Of the autoencoder, what version 2 did not note; its weights are compared anyway.
+_UNTOLD = {"codebook_size", "codes", "codebook_sha256"}
+# How many numbers a type has that indices may be stored in.
+_INTEGERS = {"uint8": 1 << 8, "uint16": 1 << 16, "int32": 1 << 31}
 _INDEX_FILE = re.compile(r"index-(\d{6})(?:-(\d{6}))?\.parquet")
 
 
@@ -75,7 +80,7 @@ class Plan(BaseModel):
     data: DataRecord
     preprocessing: Preprocessing
     storage: Storage
-    latent_shapes: list[tuple[int, int, int]]
+    latent_shapes: list[StoredShape]
 
     def units(self) -> list[Unit] | None:
         """Every unit, or None for a stream, whose files end where they end."""
@@ -123,6 +128,7 @@ def storage_for(frozen: FrozenAutoencoder, kind: str | None, dtype: str | None) 
         UserError: moments of an autoencoder without a posterior, indices of one without a codebook,
             or a type that does not hold them.
     """
+    # The smallest type is the first.
     entries = frozen.codebook_size
     if kind is None:
         kind = "indices" if entries else "moments" if frozen.has_posterior else "mode"
@@ -131,13 +137,31 @@ def storage_for(frozen: FrozenAutoencoder, kind: str | None, dtype: str | None) 
     if kind == "indices" and not entries:
         raise UserError(f"{frozen.class_name} has no codebook: there are no indices to store")
     if kind == "indices":
-        fits = {"int32"} | ({"uint16"} if entries <= 1 << 16 else set())
-        dtype = dtype or ("uint16" if "uint16" in fits else "int32")
+        fits = [name for name, most in _INTEGERS.items() if entries <= most]
+        if not fits:
+            raise UserError(f"a code is one of {entries:,}: more numbers than int32 has")
     else:
-        fits, dtype = {"float16", "bfloat16", "float32"}, dtype or "float16"
+        fits = ["float16", "bfloat16", "float32"]
+    dtype = dtype or fits[0]
     if dtype not in fits:
-        raise UserError(f"{kind} cannot be stored as {dtype}; choose {' or '.join(sorted(fits))}")
+        raise UserError(f"{kind} cannot be stored as {dtype}; choose {' or '.join(fits)}")
     return {"kind": kind, "dtype": dtype}
+
+
+def shapes_of(
+    frozen: FrozenAutoencoder, kind: str, sizes: Sequence[tuple[int, int]]
+) -> list[StoredShape]:
+    """The shapes of what is stored of pictures of these (height, width), in pixels.
+
+    That is (c, h, w); of indices (h, w) where a position has one code, (codes, h, w) where it has
+    several.
+    """
+    depth = frozen.codes if kind == "indices" else frozen.channels
+    flat = kind == "indices" and depth == 1
+    sides = [
+        (height // frozen.downsampling, width // frozen.downsampling) for height, width in sizes
+    ]
+    return [side if flat else (depth, *side) for side in sides]
 
 
 def describe_difference(before: Plan, now: Plan) -> str | None:
@@ -150,6 +174,8 @@ def describe_difference(before: Plan, now: Plan) -> str | None:
             continue
         for name in type(new).model_fields:
             was, is_now = getattr(old, name), getattr(new, name)
+            if name in _UNTOLD and not was:
+                continue
             if name not in _FREE and was != is_now:
                 if name == "fingerprint":
                     return "other pictures"

@@ -36,7 +36,7 @@ def whole_index(folder: Path, manifest: LatentsManifest, record: ShardRecord) ->
     """A shard's index with its skipped pictures, its columns those of this version.
 
     Args:
-        folder: a finished latents folder, of this version or the one before.
+        folder: a finished latents folder, of this version or one before.
         manifest: its manifest.
         record: the shard.
 
@@ -119,7 +119,7 @@ def finish_folder(
 
 def _as_version_2(table: pa.Table, manifest: LatentsManifest) -> pa.Table:
     """Version 1 listed one code a picture, of one size, and none that was skipped."""
-    height, width = manifest.latent_shape[1:]
+    height, width = manifest.latent_shape[-2:]
     known: dict[str, Any] = {
         "position": np.arange(len(table)),
         "latent_height": np.full(len(table), height),

@@ -19,6 +19,7 @@ _TYPES = {
     "F16": (np.int16, torch.float16),
     "BF16": (np.int16, torch.bfloat16),
     "F32": (np.float32, torch.float32),
+    "U8": (np.uint8, torch.uint8),
     "U16": (np.uint16, torch.uint16),
     "I32": (np.int32, torch.int32),
     "I64": (np.int64, torch.int64),

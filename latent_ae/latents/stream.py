@@ -30,7 +30,7 @@ class LatentStream(IterableDataset):
         seed: of the order and all draws.
         rank: which of `world` processes this is.
         world: how many read the folder together.
-        options: `sample`, `scale`, `variants` and `columns` of `LatentDataset`.
+        options: `sample`, `scale`, `variants`, `columns` and `entries_of` of `LatentDataset`.
 
     Raises:
         UserError: as `LatentDataset`; or fewer items than workers.

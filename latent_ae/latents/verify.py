@@ -37,7 +37,7 @@ def verify(folder: str | Path, *, console: Console | None = None) -> list[str]:
     """Checks every hash, value, key and sum of a latents folder, a shard in memory at a time.
 
     Args:
-        folder: a finished latents folder, of this version or the one before.
+        folder: a finished latents folder, of this version or one before.
         console: where progress is shown; nothing is, when left out.
 
     Returns:

@@ -232,6 +232,5 @@ def _free_name(name: str) -> str:
 
 def _empty(plan: Plan) -> dict[str, Tensor]:
     """The tensors of a shard none of whose pictures could be read."""
-    shape = plan.latent_shapes[0][1 if plan.storage.kind == "indices" else 0 :]
-    dtype = DTYPES[plan.storage.dtype]
+    shape, dtype = plan.latent_shapes[0], DTYPES[plan.storage.dtype]
     return {name: torch.empty((0, *shape), dtype=dtype) for name in TENSORS[plan.storage.kind]}

@@ -12,10 +12,13 @@ from latent_ae.autoencoder import Autoencoder, encode_mode, image_channels
 from latent_ae.config import Config
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.initialization import linear_code_, zero_residual_branches_
+from latent_ae.quantized import QuantizedAutoencoder
 
 __all__ = ["begin"]
 
-_BATCHES = 64  # of training crops that a bottleneck sees at most
+_WITH_RESIDUALS = (AutoencoderKL, QuantizedAutoencoder)
+# Of the crops that a bottleneck sees: the same ones, whatever the run's batches and processes.
+_BATCH, _BATCHES = 8, 64
 
 
 def begin(config: Config, model: Autoencoder, device: torch.device) -> None:
@@ -27,9 +30,9 @@ def begin(config: Config, model: Autoencoder, device: torch.device) -> None:
         device: where the encoder is to run.
     """
     network, init = model.network, config.network.init
-    if isinstance(network, AutoencoderKL) and init == "zero_residual":
+    if isinstance(network, _WITH_RESIDUALS) and init == "zero_residual":
         zero_residual_branches_(network)
-    elif isinstance(network, AutoencoderKL) and init == "linear":
+    elif isinstance(network, _WITH_RESIDUALS) and init == "linear":
         # As many pixels as 128 crops of 64² have: the fits look at all of them.
         crops = max(8, round(128 * (64 / config.data.resolution) ** 2))
         linear_code_(network, next(_crops(config, model, crops)))
@@ -51,7 +54,7 @@ def _crops(config: Config, model: Autoencoder, count: int) -> Iterator[Tensor]:
 def _latents(config: Config, model: Autoencoder, wanted: int, device: torch.device) -> Tensor:
     """Latents of training crops with `wanted` positions in all, or of `_BATCHES` batches."""
     found: list[Tensor] = []
-    for images in _crops(config, model, config.data.batch_size):
+    for images in _crops(config, model, _BATCH):
         found.append(encode_mode(model.network, images.to(device))[0])
         positions = sum(latents[:, 0].numel() for latents in found)
         if positions >= wanted or len(found) == _BATCHES:

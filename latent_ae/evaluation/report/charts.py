@@ -69,7 +69,8 @@ def line_chart(
     up = Scale(y, heights, _HEIGHT - _BOTTOM, _TOP)
     body = _axes(across, up)
     if level:
-        body += _level(up(level[0]), level[1])
+        places = [(across(px), up(py)) for _, points in kept for px, py, _ in points]
+        body += _level(up(level[0]), level[1], places)
     for one, points in kept:
         places = [(across(px), up(py)) for px, py, _ in points]
         body += _path(places, one.style, step)
@@ -196,12 +197,18 @@ def _axes(across: Scale, up: Scale) -> Markup:
     return body
 
 
-def _level(height: float, text: str) -> Markup:
+def _level(height: float, text: str, places: Sequence[tuple[float, float]]) -> Markup:
+    """A line, named at the end that fewer of the places crowd."""
     body = Markup('<line class="level" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
         _LEFT, _WIDTH - _RIGHT, height, height
     )
     below = height < _TOP + 20
-    return body + _text(_LEFT + 6, height + (15 if below else -6), text, "note", "start")
+    height += 15 if below else -6
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    crowd = [px > middle for px, py in places if abs(py - height) < 20]
+    if 2 * sum(crowd) < len(crowd):
+        return body + _text(_WIDTH - _RIGHT - 6, height, text, "note", "end")
+    return body + _text(_LEFT + 6, height, text, "note", "start")
 
 
 def _path(places: Sequence[tuple[float, float]], style: str, step: bool) -> Markup:

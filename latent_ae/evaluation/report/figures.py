@@ -17,10 +17,21 @@ from latent_ae.evaluation.report.inline import Inliner
 from latent_ae.evaluation.report.numbers import percent
 from latent_ae.evaluation.report.result import Result
 from latent_ae.evaluation.report.scales import Axis
+from latent_ae.evaluation.report.schema import Codes, Slot
 
-__all__ = ["channels", "code_map", "distributions", "layers", "sensitivity", "spectrum"]
+__all__ = [
+    "channels",
+    "code_map",
+    "codes",
+    "distributions",
+    "layers",
+    "sensitivity",
+    "slot_name",
+    "spectrum",
+]
 
 _MOST_POINTS = 256
+_STYLES = [f"s{place}{dashed}" for dashed in ("", " dashed") for place in range(6)]
 _FP16_LARGEST = 65504.0
 
 
@@ -104,6 +115,46 @@ def channels(result: Result) -> Markup:
         Axis("channel"),
         Axis("KL (nats a value)"),
         result.style,
+    )
+
+
+def codes(results: Sequence[Result]) -> list[Markup]:
+    """How often each entry occurs, most used first: models of one codebook in one chart."""
+    lines = [
+        (
+            result,
+            [
+                Series(slot_name(found, slot), slot.curve, _STYLES[place % len(_STYLES)])
+                for place, slot in enumerate(found.slots)
+            ],
+        )
+        for result in results
+        if (found := result.codes)
+    ]
+    single = [
+        Series(result.title, one[0].points, result.style) for result, one in lines if len(one) == 1
+    ]
+    charts = [_codes_chart("How often each entry occurs", single)]
+    for result, several in lines:
+        if len(several) > 1:
+            charts.append(_codes_chart(f"How often each entry occurs, {result.title}", several))
+    return [chart for chart in charts if chart]
+
+
+def slot_name(codes: Codes, slot: Slot) -> str:
+    """What to call one of several codebooks."""
+    levels, heads = (len({getattr(s, key) for s in codes.slots}) for key in ("level", "head"))
+    level = f"level {slot.level}" * (levels > 1)
+    return ", ".join(filter(None, [level, f"head {slot.head}" * (heads > 1)])) or "all"
+
+
+def _codes_chart(title: str, lines: Sequence[Series]) -> Markup:
+    return line_chart(
+        title,
+        lines,
+        Axis("entries, most used first", percent=True, low=0.0, high=1.0),
+        Axis("frequency × entries", log=True),
+        level=(1.0, "all used equally"),
     )
 
 

@@ -126,6 +126,43 @@ class Latents(_Part):
     spectrum: Spectrum | None = None
 
 
+class Bits(_Part):
+    """What codes take."""
+
+    fixed_length: Number = None
+    entropy: Number = None
+    coded: Number = None
+
+
+class Slot(_Part):
+    """The use of one codebook; its curve holds (share of the entries, frequency times size)."""
+
+    level: int = 0
+    head: int = 0
+    usage: Number = None
+    dead: int | None = None
+    perplexity: Number = None
+    entropy_bits: Number = None
+    largest_share: Number = None
+    curve: list[tuple[Number, Number]] = []
+
+
+class Codes(_Part):
+    """The use of the codes of quantised latents."""
+
+    size: int
+    per_position: int = 1
+    positions: int | None = None
+    usage: Number = None
+    usage_uniform: Number = None
+    dead: int | None = None
+    perplexity: Number = None
+    entropy_bits: Number = None
+    bits_per_pixel: Bits = Bits()
+    bits_per_image: Bits = Bits()
+    slots: list[Slot] = []
+
+
 class Equivariance(_Part):
     """How far transforming and encoding fail to commute."""
 
@@ -235,6 +272,7 @@ class Content(_Part):
     frechet: Frechet | None = None
     references: list[Reference] = []
     latents: Latents | None = None
+    codes: Codes | None = None
     probes: Probes | None = None
     precision: Precision | None = None
     pictures: Pictures = Field(default_factory=Pictures)
