@@ -18,6 +18,7 @@ from latent_ae.network_folders import folder_config
 from latent_ae.quantized import QuantizedAutoencoder
 from latent_ae.scaling import LatentScaling
 from latent_diffusion import LatentDiffusionPipeline
+from training_parts import check_parent
 
 __all__ = ["build_pipeline", "check_autoencoder", "check_output", "save_pipeline"]
 
@@ -55,11 +56,7 @@ def check_output(output: Path, manifest: LatentsManifest, autoencoder: Path) -> 
         manifest: of the latents.
         autoencoder: that of the pipeline, perhaps with a decoder of its own.
     """
-    folder = output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{output} would lie in {folder}, in which nothing can be made")
+    check_parent(output)
     if not output.exists():
         return
     if not (output / "model_index.json").is_file():

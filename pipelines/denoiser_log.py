@@ -1,4 +1,4 @@
-"""What a denoiser's training tells while it runs: a bar or lines, rows of JSON, TensorBoard."""
+"""What a training of pipelines/ tells while it runs: a bar or lines, rows of JSON, TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,20 +7,45 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from denoiser_trainer import Trainer
 from latent_ae.run_folder import json_line, write_whole
 
 __all__ = ["Log"]
+
+
+class _Config(Protocol):
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seconds(self) -> float | None: ...
+
+
+class _Trainer(Protocol):
+    """`seconds` have passed of the training that began at `started`."""
+
+    accelerator: Accelerator
+    optimizer: Any
+    folder: Path
+    step: int
+    seconds: float
+    started: float
+
+    @property
+    def config(self) -> _Config: ...
 
 
 class Log:
@@ -30,8 +55,8 @@ class Log:
     numbers, and the sheets, also go to TensorBoard.
     """
 
-    def __init__(self, trainer: Trainer, console: Console) -> None:
-        self.trainer, self.console = trainer, console
+    def __init__(self, trainer: _Trainer, console: Console, title: str = "denoiser") -> None:
+        self.trainer, self.console, self.title = trainer, console, title
         self.terms: list[dict[str, Tensor]] = []
         self.since = time.monotonic()
         self.main = trainer.accelerator.is_main_process
@@ -47,6 +72,7 @@ class Log:
         )
         self.file = trainer.folder / "log.jsonl"
         self.done: set[tuple[int, str]] = set()  # what was drawn or measured, at which step
+        self.last: dict[str, dict[str, Any]] = {}  # the last row of each group
         if self.main:
             self._forget_what_comes_again()
             board = str(trainer.folder / "tensorboard")
@@ -56,11 +82,12 @@ class Log:
         """Drops the rows that a killed run wrote after its last checkpoint."""
         rows = [row for row in _rows(self.file) if row["step"] <= self.trainer.step]
         self.done = {(row["step"], row.get("group", "train")) for row in rows}
+        self.last = {row.get("group", "train"): row for row in rows}
         write_whole(self.file, "".join(json_line(row) for row in rows))
 
     def __enter__(self) -> Log:
         self.bar.start()
-        self.task = self.bar.add_task("denoiser", total=1.0, row="")
+        self.task = self.bar.add_task(self.title, total=1.0, row="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,6 +137,7 @@ class Log:
             head = {"step": trainer.step, "group": group, "seconds": seconds}
             file.write(json_line(head | row))
         self.done.add((trainer.step, group))
+        self.last[group] = head | row
         for name, value in row.items():
             if isinstance(value, float):
                 self.board.add_scalar(f"{group}/{name}", value, trainer.step)

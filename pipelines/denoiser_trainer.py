@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast
+from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -24,8 +20,9 @@ from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset
 from latent_ae.scaling import LatentScaling
 from latent_ae.training.guard import Guard, poison
+from training_parts import accelerator_of, learning_rate, write_checkpoint
 
-__all__ = ["Trainer", "learning_rate", "usual_shape"]
+__all__ = ["Trainer", "usual_shape"]
 
 # These decide what a checkpoint's tensors mean; everything else may change between two starts.
 FIXED = "denoiser channels layers attention width depth heads patch objective prediction labels"
@@ -45,7 +42,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.shape = usual_shape(data)
         self.denoiser = build_denoiser(config, self.shape, self.classes)
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator_of(config.precision, config.accumulation)
         optimizer = torch.optim.AdamW(
             self.denoiser.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
@@ -166,7 +163,7 @@ class Trainer:
         self.require_sound()
         self.seconds = time.monotonic() - self.started
         if self.accelerator.is_main_process:
-            scaler, aside = self.accelerator.scaler, self.file.with_suffix(".tmp")
+            scaler = self.accelerator.scaler
             state = {
                 "identity": self.identity,
                 "step": self.step,
@@ -176,11 +173,7 @@ class Trainer:
                 "ema": self.ema.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
-            with aside.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(self.file)
+            write_checkpoint(self.file, state)
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
@@ -211,34 +204,7 @@ class Trainer:
             raise UserError(f"the checkpoint {self.file} is of another network") from error
 
 
-def learning_rate(config: DenoiserConfig, step: int, progress: float) -> float:
-    """The rate of the update after `step` finished ones, at `progress` in [0, 1]."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return config.learning_rate * warm * (1 + math.cos(math.pi * progress)) / 2
-
-
 def usual_shape(data: LatentDataset) -> tuple[int, int, int]:
     """The shape (c, h, w) that most of the latents have."""
     size = data.index.sizes[int(np.bincount(data.index.size).argmax())]
     return (data.manifest.latent_shapes[0][0], *size)
-
-
-def _accelerator(config: DenoiserConfig) -> Accelerator:
-    precision = config.precision
-    mixed = {"fp32": "no"}.get(precision, precision)
-    # The config decides the number of batches a step, not the launcher's environment.
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    state = AcceleratorState._shared_state
-    # A process that has trained something else before (as the quickstart has) would be bound to its
-    # precision for good; Accelerate has no public way to say that this training is over.
-    if state and state.get("_mixed_precision") != mixed:
-        AcceleratorState._reset_state()
-    try:
-        return Accelerator(
-            mixed_precision=mixed,
-            gradient_accumulation_steps=config.accumulation,
-            # The others wait while the main process draws and saves; half an hour is no hang.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        )
-    except ValueError as error:  # such as fp16 without a GPU
-        raise UserError(f"precision {precision}: {error}") from error

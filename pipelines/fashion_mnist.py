@@ -123,8 +123,8 @@ def stage(title: str) -> Iterator[None]:
     console.print(f"[dim]{title}: {seconds[title]:.1f} s")
 
 
-def train_autoencoder(output: Path, steps: int | None) -> None:
-    """Trains by the recipe, or goes on, and exports."""
+def train_autoencoder(output: Path, steps: int | None, recipe: Path = RECIPE) -> None:
+    """Trains by a recipe, or goes on, and exports."""
     from latent_ae import export_run, load_config, train
 
     if (output / "autoencoder").exists():
@@ -136,7 +136,7 @@ def train_autoencoder(output: Path, steps: int | None) -> None:
     ]
     if steps is not None:
         overrides.append(f"training.steps={steps}")
-    train(load_config(RECIPE, overrides), console)
+    train(load_config(recipe, overrides), console)
     export_run(output / "training", output / "autoencoder", license_name="MIT")
 
 
@@ -221,7 +221,7 @@ def judge(
     """Writes the sheets; returns the judge's accuracy and the numbers of each set of pictures."""
     from fashion_judge import measure, taught_classifier
 
-    images = {part: _rgb(values) for part, (values, _) in pictures.items()}
+    images = {part: rgb(values) for part, (values, _) in pictures.items()}
     labels = {
         part: torch.from_numpy(part_labels).long() for part, (_, part_labels) in pictures.items()
     }
@@ -237,7 +237,7 @@ def judge(
     return {"classifier_accuracy": right.float().mean().item(), "sets": numbers}
 
 
-def _rgb(pictures: np.ndarray) -> Tensor:
+def rgb(pictures: np.ndarray) -> Tensor:
     """Padded pictures as uint8 of shape (N, 3, 32, 32)."""
     return torch.from_numpy(padded(pictures))[:, None].expand(-1, 3, -1, -1)
 

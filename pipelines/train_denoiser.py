@@ -13,15 +13,9 @@ From Python: `train("latents", "pipeline", DenoiserConfig(seconds=60))`.
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
-from pydantic import ValidationError
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -36,6 +30,7 @@ from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset
 from latent_ae.processes import from_main
 from latent_diffusion import LatentDiffusionPipeline
+from training_parts import app_of
 
 __all__ = ["DenoiserConfig", "train"]
 
@@ -143,62 +138,18 @@ def _look(
         )
 
 
-# typer knows no pydantic type inside `| None`.
-_OPTIONAL = {"seconds": float, "distance_weights": str}
-
-
-def _command() -> Callable[..., None]:
-    """The script's command; its options are the keys of `DenoiserConfig`."""
-
-    def command(
-        latents: Path, output: Path, autoencoder: Path | None, run: Path | None, **options: Any
-    ) -> None:
-        try:
-            train(latents, output, DenoiserConfig(**options), autoencoder=autoencoder, run=run)
-        except (UserError, ValidationError) as error:
-            if os.environ.get("RANK", "0") == "0":
-                typer.echo(f"error: {_sentence(error)}", err=True)
-            raise typer.Exit(2) from None
-
-    def parameter(name: str, kind: type, info: Any, default: Any) -> inspect.Parameter:
-        annotation = Annotated[kind, info]
-        by_name = inspect.Parameter.KEYWORD_ONLY
-        return inspect.Parameter(name, by_name, default=default, annotation=annotation)
-
-    where, empty = typer.Option, inspect.Parameter.empty
-    parameters = [
-        parameter("latents", Path, typer.Argument(help="A latents folder."), empty),
-        parameter("output", Path, typer.Argument(help="Where the pipeline goes."), empty),
-        parameter("autoencoder", Path, where(help="Default: the one the latents name."), None),
-        parameter("run", Path, where(help="Checkpoints and log. Default: OUTPUT-run."), None),
-    ]
-    panel = ""
-    for name, field in DenoiserConfig.model_fields.items():
-        is_list = isinstance(field.default, tuple)
-        default = ",".join(map(str, field.default)) if is_list else field.default
-        kind: Any = str if is_list else _OPTIONAL.get(name, field.annotation)
-        panel = PANELS.get(name, panel)
-        info = where(help=field.description, rich_help_panel=panel)
-        parameters.append(parameter(name, kind, info, default))
-    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore
-    command.__doc__ = "Trains a denoiser on LATENTS and saves a diffusers pipeline to OUTPUT."
-    return command
-
-
-def _sentence(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(_sentence_of(item) for item in error.errors())
-
-
-def _sentence_of(item: Any) -> str:
-    if not item["loc"]:  # of keys that do not fit together
-        return item["msg"].removeprefix("Value error, ")
-    return f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}, not {item['input']!r}"
-
-
-app = typer.Typer(add_completion=False)
-app.command()(_command())
+app = app_of(
+    train,
+    DenoiserConfig,
+    PANELS,
+    "Trains a denoiser on LATENTS and saves a diffusers pipeline to OUTPUT.",
+    output="Where the pipeline goes.",
+    paths={
+        "autoencoder": "Default: the one the latents name.",
+        "run": "Checkpoints and log. Default: OUTPUT-run.",
+    },
+    optional={"seconds": float, "distance_weights": str},
+)
 
 if __name__ == "__main__":
     app()

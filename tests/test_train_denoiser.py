@@ -18,12 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from denoiser_examples import Examples
-from denoiser_trainer import Trainer, learning_rate
+from denoiser_trainer import Trainer
 from denoisers import build_denoiser, build_scheduler
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset, weights_sha256
 from latent_diffusion import LatentDiffusionPipeline, scale_latents
 from train_denoiser import DenoiserConfig, app, train
+from training_parts import learning_rate
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
