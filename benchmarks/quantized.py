@@ -12,11 +12,12 @@ Trains configs/photos_vq_f8.yaml once for each of:
     vqgan       vq with a discriminator that is heard in the second half
     fsq         8 × 5 × 5 × 5 = 1,000 levels
 
-and measures them on the held-out photographs: PSNR, SSIM, LPIPS; how many of the codes are used,
-their perplexity, bits a pixel by fixed length, by order-0 entropy and as really coded. A seventh
-row rounds the latents of `ae` to 1,024 entries that k-means finds after training: the same bits as
-vq without having trained for them. A VAE's bits are what bits-back coding would send. What is
-trained already is not trained again: the processes of --only can share the work.
+and measures them on the held-out photographs: PSNR, SSIM, LPIPS, sharpness (of fine structure, the
+power in the reconstruction over that in the picture, as in benchmarks/adversary.py); how many of
+the codes are used, their perplexity, bits a pixel by fixed length, by order-0 entropy and as really
+coded. A seventh row rounds the latents of `ae` to 1,024 entries that k-means finds after training:
+the same bits as vq without having trained for them. A VAE's bits are what bits-back coding would
+send. What is trained already is not trained again: the processes of --only can share the work.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import math
 from pathlib import Path
 
 import torch
-from adversary import sheet
+from adversary import sharpness, sheet
 from small_runs import ROOT, provenance
 
 from latent_ae import evaluate, export_run, load_config, load_network, train
@@ -105,7 +106,7 @@ def measured(name, args):
     """A line of the table."""
     if name == "ae-rounded":
         metrics = rounded_afterwards(args.runs / "ae-exported", args)
-        fixed, codes = math.log2(CODES) / FACTOR**2, None
+        sharp, fixed, codes = None, math.log2(CODES) / FACTOR**2, None
     else:
         folder, protocol = args.runs / f"{name}-exported", Protocol(resolution=SIDE)
         if args.limit:
@@ -113,8 +114,9 @@ def measured(name, args):
         result = evaluate(folder, args.held_out, protocol, quick=True, references=())
         metrics, codes = result.metrics, result.content["codes"]
         fixed = result.content["model"]["bits_per_image"] / SIDE**2
+        sharp = sharpness(load_network(folder).eval(), args.held_out, SIDE)
     cells = [f"{metrics['psnr']:.2f}", f"{metrics['ssim']:.3f}", f"{metrics['lpips']:.3f}"]
-    cells.append(f"{fixed:.3f}")
+    cells += ["–" if sharp is None else f"{sharp:.2f}", f"{fixed:.3f}"]
     if codes is None:
         return [*cells, *4 * ["–"]]
     cells += [f"{codes['bits_per_pixel'][name]:.3f}" for name in ("entropy", "coded")]
@@ -139,7 +141,17 @@ def main():
             trained(name, args)
     if args.train_only:
         return
-    heads = ["PSNR (dB)", "SSIM", "LPIPS", "bits a pixel", "entropy", "coded", "used", "perplexity"]
+    heads = [
+        "PSNR (dB)",
+        "SSIM",
+        "LPIPS",
+        "sharpness",
+        "bits a pixel",
+        "entropy",
+        "coded",
+        "used",
+        "perplexity",
+    ]
     print(f"| | {' | '.join(heads)} |\n|{'-|' * (len(heads) + 1)}")
     for name in args.only:
         print(f"| {TITLES[name]} | {' | '.join(measured(name, args))} |", flush=True)

@@ -147,9 +147,11 @@ class VectorQuantizer(Quantizer):
     def look_up(self, numbers: Tensor, level: int) -> Tensor:
         """The entries of a level, of shape (B, c, h, w), for numbers of shape (B, heads, h, w)."""
         parts = [
-            F.embedding(some, self.codebook(level * self.heads + head))
+            F.embedding(some, _exact(self.codebooks[level * self.heads + head]))
             for head, some in enumerate(numbers.unbind(1))
         ]
+        if self.normalized:  # after the lookup: a few rows of many
+            parts = [F.normalize(part, dim=-1) for part in parts]
         return torch.cat(parts, -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()

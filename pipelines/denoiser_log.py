@@ -51,8 +51,8 @@ class _Trainer(Protocol):
 class Log:
     """A moving bar on a terminal, lines elsewhere; a row of log.jsonl every `log_every` steps.
 
-    Rows have a `step`, a `group` (`train`, `samples`, `distance`) and `seconds` of training. Their
-    numbers, and the sheets, also go to TensorBoard.
+    Rows have a `step`, a `group` (`train`, `samples`, `distance`, `held_out`) and `seconds` of
+    training. Their numbers, and the sheets, also go to TensorBoard.
     """
 
     def __init__(self, trainer: _Trainer, console: Console, title: str = "denoiser") -> None:

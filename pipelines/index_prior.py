@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from denoiser_examples import mix
@@ -203,9 +204,13 @@ class IndexPrior:
             )
         try:
             with _quiet():
-                prior = network.from_pretrained(folder / "prior", use_safetensors=True)
-        except (OSError, ValueError) as error:
+                prior, told = network.from_pretrained(
+                    folder / "prior", use_safetensors=True, output_loading_info=True
+                )
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"transformers cannot load {folder / 'prior'}: {error}") from error
+        if missing := sorted(told["missing_keys"]):  # transformers would leave it random
+            raise UserError(f"{folder / 'prior'} is damaged: it has no {missing[0]}")
         if prior.config.vocab_size != vocabulary.entries:
             raise UserError(
                 f"the prior in {folder / 'prior'} has {prior.config.vocab_size} tokens, but "
@@ -251,8 +256,10 @@ class IndexPrior:
         try:
             label = int(name)
         except ValueError:
+            label = -1
+        if label < 0:
             known = ", ".join(self.label_names[:20]) or "the classes have no names"
-            raise UserError(f"class {name!r} is unknown: {known}") from None
+            raise UserError(f"class {name!r} is unknown: {known}")
         require_known([label], self.vocabulary)
         return label
 

@@ -1,7 +1,8 @@
 """The recipe of a prior over codes: its options, and its network, a stock Llama.
 
-Llama, as in LlamaGen (Sun et al. 2024, arXiv:2406.06525): its rotary positions are relative, and in
-raster order the code above is always as many tokens back, so one head can look there from anywhere.
+A Llama as LlamaGen's (Sun et al. 2024, arXiv:2406.06525), but for its rotary positions, which have
+one dimension: they are relative, and in raster order the code above is always as many tokens back,
+so one head can look there from anywhere.
 """
 
 from __future__ import annotations

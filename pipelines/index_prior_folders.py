@@ -9,7 +9,7 @@ from index_prior_tokens import Vocabulary
 from latent_ae.errors import UserError
 from latent_ae.frozen import FrozenAutoencoder
 from latent_ae.latents import LatentDataset, LatentsManifest
-from latent_ae.lineage import readable_latents
+from latent_ae.latents.entries import check_codebook
 from training_parts import check_parent
 
 __all__ = ["check_output", "open_autoencoder", "open_codes", "require_alike", "vocabulary_of"]
@@ -49,16 +49,7 @@ def open_autoencoder(folder: Path, data: LatentDataset) -> FrozenAutoencoder:
     autoencoder = FrozenAutoencoder(folder, "cpu")
     if not autoencoder.quantizes:
         raise UserError(f"{folder} holds a {autoencoder.class_name}, which has no codebook")
-    record = data.manifest.autoencoder
-    if known := getattr(record, "codebook_sha256", ""):
-        same = known == autoencoder.codebook_sha256
-    else:  # latents of an older version name the whole autoencoder alone
-        same = record.weights_sha256 in readable_latents(folder)
-    if not same:
-        raise UserError(
-            f"the codes in {data.folder} are of another codebook than that in {folder}: name the "
-            "autoencoder that made them by --autoencoder, or encode again"
-        )
+    check_codebook(autoencoder.codebook_sha256, folder, data.folder, data.manifest)
     return autoencoder
 
 
@@ -77,11 +68,13 @@ def vocabulary_of(
 
 def require_alike(held_out: LatentDataset, data: LatentDataset) -> None:
     """Raises `UserError` unless two folders hold codes of one codebook, size and set of classes."""
+    made_by = [folder.manifest.autoencoder for folder in (held_out, data)]
+    # Latents of an older version name the whole autoencoder alone.
+    by = "codebook_sha256" if all(one.codebook_sha256 for one in made_by) else "weights_sha256"
 
     def facts(manifest: LatentsManifest) -> dict[str, object]:
-        made_by = manifest.autoencoder
         return {
-            "codebook": getattr(made_by, "codebook_sha256", "") or made_by.weights_sha256,
+            "codebook": getattr(manifest.autoencoder, by),
             "size": manifest.latent_shape[-2:],
             "set of classes": (manifest.num_classes, tuple(manifest.label_names)),
         }

@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from latent_ae import Autoencoder, UserError, export_run, load_network, train
 from latent_ae.adversary import adaptive_weight
 from latent_ae.autoencoder import build_network, decode_latents, downsampling, encode_mode
-from latent_ae.config import DCNetworkConfig, NetworkConfig, TinyNetworkConfig
+from latent_ae.config import (
+    DCNetworkConfig,
+    NetworkConfig,
+    TinyNetworkConfig,
+    VQConfig,
+    VQNetworkConfig,
+)
 from latent_ae.config_file import dump_yaml, load_config, parse_config
 from latent_ae.data import TrainingStream, normalize
 from latent_ae.describe import describe
@@ -73,6 +79,10 @@ def network_of(kind, **changes):
         levels = {f"{k}_block_types": (v,) * 2 for k, v in FLUX2_BLOCKS.items()}
         shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
         return diffusers.AutoencoderKLFlux2(**shape, **levels, **changes).eval()
+    if kind == "vq":
+        shape = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+        quantizer = VQConfig(kind="vq", codebook_size=8)
+        return build_network(VQNetworkConfig(kind="vq", **shape | changes), quantizer).eval()
     section = {"kl": NetworkConfig, "dc": DCNetworkConfig, "tiny": TinyNetworkConfig}[kind]
     return build_network(section(**NETWORK[kind] | changes)).eval()
 
@@ -413,9 +423,9 @@ def test_a_network_of_a_folders_shape_needs_no_weights(folders, tmp_path):
         assert shape.config["latent_channels"] == 4
     with pytest.raises(UserError, match="no exported autoencoder"):
         untrained_network(tmp_path)
-    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderOobleck"}')
     with pytest.raises(
-        UserError, match="holds a VQModel, not one of AutoencoderKL, AutoencoderKLF"
+        UserError, match="holds a AutoencoderOobleck, not one of AutoencoderKL, AutoencoderKLF"
     ):
         load_network(tmp_path)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import assert_equal, rows, untimed, weights
 
 from latent_ae import UserError, train
-from latent_ae.config import AdversaryConfig
+from latent_ae.config import AdversaryConfig, BottleneckConfig
 from latent_ae.objective import Objective
 from latent_ae.run_folder import RunFolder
 from latent_ae.training import checkpoint, loop, record
@@ -271,7 +271,7 @@ def test_a_run_can_take_up_an_adversary_and_put_it_down(tiny, quiet):
 
 
 def test_alarms_come_once_after_three_rows_and_again_after_a_good_one():
-    alarms = Alarms(AdversaryConfig(adaptive_max=1e4, start=5))
+    alarms = Alarms(AdversaryConfig(adaptive_max=1e4, start=5), BottleneckConfig())
     bad = {"d_accuracy": 0.99, "adaptive_weight": 1e4}
     # While it learns alone it may be as right as it likes.
     assert [alarms.check(bad, 5) for _ in range(5)] == [[]] * 5
@@ -279,11 +279,11 @@ def test_alarms_come_once_after_three_rows_and_again_after_a_good_one():
     assert told == [0, 0, 2, 0, 0]
     assert alarms.check({"d_accuracy": 0.8, "adaptive_weight": 300.0}, 10) == []
     assert [len(alarms.check(bad, 10)) for _ in range(3)] == [0, 0, 2]
-    low = Alarms(AdversaryConfig(start=5))
+    low = Alarms(AdversaryConfig(start=5), BottleneckConfig())
     sentences = [low.check({"d_accuracy": 0.2, "adaptive_weight": 1e-3}, 9) for _ in range(3)][-1]
     assert "worse than guessing" in sentences[0]
     assert "far steeper" in sentences[1]
-    assert Alarms(None).check(bad, 10) == []
+    assert Alarms(None, BottleneckConfig()).check(bad, 10) == []
 
 
 def test_alarms_reach_the_log_and_the_person(tiny, told):

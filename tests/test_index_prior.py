@@ -14,6 +14,7 @@ from diffusers import VQModel
 from latents_folders import labelled_latents, rows_of, state_of, tiny_autoencoder
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from index_prior import IndexPrior, noise_of, sample
@@ -436,7 +437,7 @@ class TestRefusals:
         torch.manual_seed(1)
         VQModel(num_vq_embeddings=16, **SMALL).save_pretrained(tmp_path / "other")
         other = tmp_path / "other"
-        self.refuse(latents, tmp_path / "prior", "another codebook", autoencoder=other)
+        self.refuse(latents, tmp_path / "prior", "of another codebook's", autoencoder=other)
         kl = tiny_autoencoder(tmp_path / "kl")
         self.refuse(latents, tmp_path / "prior", "AutoencoderKL, which has no", autoencoder=kl)
         gone = tmp_path / "gone"
@@ -473,6 +474,18 @@ class TestRefusals:
         refuse("is damaged", vocabulary=3)
         with pytest.raises(UserError, match="holds no prior over codes"):
             IndexPrior.from_pretrained(tmp_path, "cpu")
+
+    def test_weights_that_are_cut_short_or_missing(self, latents, tmp_path):
+        output = train(latents, tmp_path / "prior", PriorConfig(**TINY, steps=1), console=QUIET)
+        file = output / "prior/model.safetensors"
+        whole, weights = file.read_bytes(), load_file(file)
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="cannot load"):
+            IndexPrior.from_pretrained(output, "cpu")
+        name = next(name for name in weights if "q_proj" in name)
+        save_file({k: v for k, v in weights.items() if k != name}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"is damaged: it has no {name}"):
+            IndexPrior.from_pretrained(output, "cpu")
 
     @pytest.mark.parametrize(
         ("options", "words"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import photograph_tensor, tiny_content
 from diffusers import VQModel
 from rich.console import Console
@@ -17,11 +18,12 @@ from test_processes import assert_same_weights, launch
 
 from latent_ae import UserError, export_run, load_network, train
 from latent_ae.acceleration import accelerated_layers
-from latent_ae.autoencoder import Autoencoder, encode_mode, reconstruct
+from latent_ae.autoencoder import Autoencoder, encode_mode, reconstruct, weights_sha256
 from latent_ae.config import Config, LFQConfig, VQConfig
 from latent_ae.config_file import parse_config
 from latent_ae.describe import describe
 from latent_ae.frozen import FrozenAutoencoder
+from latent_ae.quantized import QuantizedAutoencoder
 from latent_ae.run_folder import RunFolder
 from latent_ae.training.guard import Alarms
 from latent_ae.training.prepare import prepare
@@ -150,6 +152,33 @@ def test_lengths_of_normalised_latents_do_not_spoil_the_stock_folder(runs, tmp_p
         numbers = network.indices(encode_mode(network.eval(), image)[0])
         found = stock.quantize(latents)[2][2]
     assert (found.view_as(numbers) != numbers).float().mean() < 1e-3
+
+
+def test_a_frozen_encoder_is_left_as_it_is(photos, tmp_path, quiet):
+    """Others have stored its latents: their lengths are not settled."""
+    torch.manual_seed(0)
+    base = QuantizedAutoencoder(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4,
+        num_vq_embeddings=32, normalized=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        base.quant_conv.weight.mul_(64)
+        base.quantize.codebooks.copy_(F.normalize(base.quantize.codebooks, dim=-1))
+    base.save_pretrained(tmp_path / "base")
+    content = content_of("normalized", photos, tmp_path / "run", steps=2)
+    content["network"] = {"path": str(tmp_path / "base"), "freeze": "encoder"}
+    out = export_run(train(parse_config(content), quiet), tmp_path / "out", images=8)
+    before, after = (load_network(folder) for folder in (tmp_path / "base", out))
+    assert torch.equal(before.quant_conv.weight, after.quant_conv.weight)
+    readable = json.loads((out / "latent_ae.json").read_text())["latents_of"]
+    assert readable == [weights_sha256(tmp_path / "base")]
+    free = content_of("normalized", photos, tmp_path / "free", steps=2)
+    free["network"] = {"path": str(tmp_path / "base")}
+    out = export_run(train(parse_config(free), quiet), tmp_path / "settled", images=8)
+    image = photograph_tensor("chelsea", 64)
+    with torch.no_grad():
+        assert 0.5 < VQModel.from_pretrained(out).encode(image).latents.norm(dim=1).mean() < 2
 
 
 def test_a_folders_codebook_is_not_started_anew(folders, photos, tmp_path):

@@ -17,6 +17,7 @@ from latent_ae.config import Config
 from latent_ae.config_file import plain
 from latent_ae.export.card import model_card, protocol_of
 from latent_ae.export.folding import fold_statistics
+from latent_ae.export.lengths import settle_lengths
 from latent_ae.export.statistics import (
     chosen_statistics,
     known_numbers,
@@ -93,6 +94,8 @@ def export_run(
         silence_posterior(network)
     crops = measuring_data(config, data)
     measured, sample = measure_latents(network, crops, images)
+    if statistics != "kept" and settle_lengths(network, sample):
+        measured, sample = measure_latents(network, crops, images)
     folded = None
     if statistics == "folded" and isinstance(network, AutoencoderKL):
         folded = {"mean": measured.channel_mean, "std": measured.channel_std}

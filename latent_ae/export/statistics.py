@@ -14,7 +14,6 @@ from latent_ae.bottlenecks import LOGVAR_RANGE
 from latent_ae.config import Config, DataConfig
 from latent_ae.data import TrainingStream, normalize, source_of
 from latent_ae.errors import UserError
-from latent_ae.export.lengths import settle_lengths
 from latent_ae.network_kinds import Network, NetworkSpec
 from latent_ae.scaling import LatentScaling, LatentStatistics
 
@@ -37,8 +36,6 @@ def measure_latents(
 ) -> tuple[LatentStatistics, Tensor]:
     """Encodes training crops and gathers the moments of their latents.
 
-    Latents of which only the direction counts are brought to length 1 first (`settle_lengths`).
-
     Returns:
         The statistics, and one batch of the crops, of shape (B, C, H, W), in [-1, 1].
     """
@@ -49,8 +46,6 @@ def measure_latents(
     measured, sample = LatentStatistics(), torch.empty(0)
     while measured.images < images:
         sample = normalize(next(stream).images.to(network.device))
-        if not measured.images:
-            settle_lengths(network, sample)
         measured.update(*encode_mode(network, sample))
     return measured, sample
 

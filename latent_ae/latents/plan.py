@@ -33,7 +33,7 @@ __all__ = [
 _FREE = {"path"}
 # Of the autoencoder, what version 2 did not note; its weights are compared anyway.
 _UNTOLD = {"codebook_size", "codes", "codebook_sha256"}
-# How many numbers a type has that indices may be stored in.
+# How many numbers a type has that indices may be stored in; the smallest is the first.
 _INTEGERS = {"uint8": 1 << 8, "uint16": 1 << 16, "int32": 1 << 31}
 _INDEX_FILE = re.compile(r"index-(\d{6})(?:-(\d{6}))?\.parquet")
 
@@ -128,7 +128,6 @@ def storage_for(frozen: FrozenAutoencoder, kind: str | None, dtype: str | None) 
         UserError: moments of an autoencoder without a posterior, indices of one without a codebook,
             or a type that does not hold them.
     """
-    # The smallest type is the first.
     entries = frozen.codebook_size
     if kind is None:
         kind = "indices" if entries else "moments" if frozen.has_posterior else "mode"

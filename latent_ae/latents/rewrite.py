@@ -46,7 +46,7 @@ def whole_index(folder: Path, manifest: LatentsManifest, record: ShardRecord) ->
     table = read_columns(folder, record.index).replace_schema_metadata(None)
     check_hash(folder, record.index, record.index_sha256)
     if manifest.version == 1:
-        table = _as_version_2(table, manifest)
+        table = _with_later_columns(table, manifest)
     if missing := [name for name in INDEX_COLUMNS if name not in table.column_names]:
         raise UserError(f"{folder} is damaged: {record.index} has no column {missing[0]!r}")
     if (codes := len(table) - table["row"].null_count) != record.rows:
@@ -117,7 +117,7 @@ def finish_folder(
     return manifest
 
 
-def _as_version_2(table: pa.Table, manifest: LatentsManifest) -> pa.Table:
+def _with_later_columns(table: pa.Table, manifest: LatentsManifest) -> pa.Table:
     """Version 1 listed one code a picture, of one size, and none that was skipped."""
     height, width = manifest.latent_shape[-2:]
     known: dict[str, Any] = {
