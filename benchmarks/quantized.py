@@ -37,7 +37,7 @@ from latent_ae.metrics import ReconstructionMetrics
 
 RECIPE = ROOT / "configs/photos_vq_f8.yaml"
 CODES, SIDE, FACTOR = 1024, 256, 8
-VAE_WEIGHT = 0.3
+VAE_WEIGHT = 0.42
 TITLES = {
     "ae": "autoencoder",
     "ae-rounded": "autoencoder, rounded afterwards",
