@@ -41,3 +41,9 @@ def test_the_readme_example_runs(exported, run_folder, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 16
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_nothing_is_left_to_fill_in():
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        comments = re.findall(r"<!--\s*(\w+)", page.read_text(encoding="utf-8"))
+        assert set(comments) <= {"code"}, f"{page.name} has a placeholder"
