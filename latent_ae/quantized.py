@@ -141,7 +141,8 @@ class VectorQuantizer(Quantizer):
         for head, part in enumerate(residual.chunk(self.heads, 1)):
             entries = self.codebook(level * self.heads + head)
             vectors = part.permute(0, 2, 3, 1).reshape(-1, entries.shape[-1])
-            found.append(nearest(vectors, entries).view(len(part), *part.shape[2:]))
+            # Not `len`, which torch.export takes for a fixed number.
+            found.append(nearest(vectors, entries).view(part.shape[0], *part.shape[2:]))
         return torch.stack(found, 1)
 
     def look_up(self, numbers: Tensor, level: int) -> Tensor:
