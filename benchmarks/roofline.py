@@ -133,7 +133,8 @@ def matrix_rate(precision, device, rounds):
     for side in (1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = torch.randn(2, side, side, device=device).to(PRECISIONS[precision])
         out = torch.empty_like(a)
-        picture = a.T.reshape(1, side, side // 32, 32).contiguous(memory_format=torch.channels_last)
+        picture = torch.randn(1, side, side // 32, 32, device=device).to(a.dtype)
+        picture = picture.contiguous(memory_format=torch.channels_last)
         kernel = b.view(side, side, 1, 1)
         for work in (partial(torch.matmul, a, b, out=out), partial(F.conv2d, picture, kernel)):
             work()
