@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -20,7 +18,14 @@ from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset
 from latent_ae.scaling import LatentScaling
 from latent_ae.training.guard import Guard, poison
-from training_parts import accelerator_of, learning_rate, write_checkpoint
+from training_parts import (
+    accelerator_of,
+    learning_rate,
+    move_weights,
+    require_sound,
+    share_done,
+    write_checkpoint,
+)
 
 __all__ = ["Trainer", "usual_shape"]
 
@@ -72,13 +77,11 @@ class Trainer:
 
     def progress(self) -> float:
         """The share of the training that is done, by steps or by the clock, the same everywhere."""
-        steps = self.step / self.config.steps
-        if self.config.seconds is None:
-            return steps
-        self.seconds = time.monotonic() - self.started
-        done = torch.tensor(self.seconds / self.config.seconds, device=self.accelerator.device)
-        broadcast(done)  # in place: all processes must stop together
-        return max(steps, done.item())
+        steps, by_clock = self.step / self.config.steps, None
+        if self.config.seconds is not None:
+            self.seconds = time.monotonic() - self.started
+            by_clock = self.seconds / self.config.seconds
+        return share_done(self.accelerator, steps, by_clock)
 
     def update(self, batches: Sequence[dict[str, Tensor]], progress: float) -> dict[str, Tensor]:
         """One step on `accumulation` batches; returns `loss` and `gradient_norm` on the device.
@@ -93,15 +96,8 @@ class Trainer:
             with self.accelerator.no_sync(self.wrapped):  # gradients travel with the last batch
                 losses.append(self._backward(batch))
         losses.append(self._backward(batches[-1]))
-        norm = self.accelerator.clip_grad_norm_(
-            self.denoiser.parameters(), config.clip_norm or math.inf
-        )
-        norm, loss = torch.as_tensor(norm).detach(), torch.stack(losses).mean()
-        if self.accelerator.scaler is None:  # the scaler sets the same flag itself
-            skip = (~norm.isfinite()).float()
-            self.optimizer.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss, weights = torch.stack(losses).mean(), self.denoiser.parameters()
+        norm = move_weights(self.accelerator, self.optimizer, weights, config.clip_norm)
         self.ema.step(self.denoiser.parameters())  # of weights that did not move: still finite
         self.guard.count(~loss.isfinite())
         self.step += 1
@@ -137,22 +133,10 @@ class Trainer:
             self.denoiser.train()
 
     def require_sound(self) -> None:
-        """Raises `UserError` if the weights, or the losses of late, are not finite; a collective.
-
-        Weights that have gone astray by one huge step may be finite, with losses that never are.
-        """
+        """Raises `UserError` if weights, or the losses of late, are not finite; a collective."""
         weights = [*self.denoiser.parameters(), *self.ema.shadow_params]
-        broken = ~torch.stack([weight.detach().isfinite().all() for weight in weights]).all()
-        # One loss alone may be a bad latent's.
-        lost = torch.tensor(self.guard.look()[0] > 1, device=broken.device)
-        signs: Any = self.accelerator.reduce(torch.stack([broken, lost]).float())
-        if signs.any():
-            what = "weights" if signs[0] else "losses"
-            raise UserError(
-                f"the training has diverged: at step {self.step} its {what} are not finite, so the "
-                f"last checkpoint in {self.folder} and the pipeline stay as they were; start again "
-                "with a lower --learning-rate"
-            )
+        where, kept = f"step {self.step}", f"{self.folder} and the pipeline"
+        require_sound(self.accelerator, self.guard, weights, where, kept)
 
     def save(self) -> None:
         """Writes the checkpoint beside the last one, then takes its place.

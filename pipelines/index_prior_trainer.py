@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,7 +19,14 @@ from index_prior_tokens import Vocabulary, cross_entropy, entropies
 from latent_ae.errors import UserError
 from latent_ae.latents import LatentDataset
 from latent_ae.training.guard import Guard, poison
-from training_parts import accelerator_of, learning_rate, write_checkpoint
+from training_parts import (
+    accelerator_of,
+    learning_rate,
+    move_weights,
+    require_sound,
+    share_done,
+    write_checkpoint,
+)
 
 __all__ = ["Examples", "Trainer"]
 
@@ -121,13 +127,11 @@ class Trainer:
 
     def progress(self) -> float:
         """The share of the training that is done, by steps or by the clock, the same everywhere."""
-        steps = self.step / self.config.steps
-        if self.config.seconds is None:
-            return steps
-        self.seconds = time.monotonic() - self.started
-        done = torch.tensor(self.seconds / self.config.seconds, device=self.accelerator.device)
-        broadcast(done)  # in place: all processes must stop together
-        return max(steps, done.item())
+        steps, by_clock = self.step / self.config.steps, None
+        if self.config.seconds is not None:
+            self.seconds = time.monotonic() - self.started
+            by_clock = self.seconds / self.config.seconds
+        return share_done(self.accelerator, steps, by_clock)
 
     def update(self, batches: Sequence[Tensor], progress: float) -> dict[str, Tensor]:
         """One step on `accumulation` batches; `loss`, `bits_per_code` and `gradient_norm`.
@@ -144,15 +148,8 @@ class Trainer:
             with self.accelerator.no_sync(self.wrapped):  # gradients travel with the last batch
                 losses.append(self._backward(batch))
         losses.append(self._backward(batches[-1]))
-        norm = self.accelerator.clip_grad_norm_(
-            self.prior.parameters(), config.clip_norm or math.inf
-        )
-        norm, loss = torch.as_tensor(norm).detach(), torch.stack(losses).mean()
-        if self.accelerator.scaler is None:  # the scaler sets the same flag itself
-            skip = (~norm.isfinite()).float()
-            self.optimizer.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss, weights = torch.stack(losses).mean(), self.prior.parameters()
+        norm = move_weights(self.accelerator, self.optimizer, weights, config.clip_norm)
         self.guard.count(~loss.isfinite())
         self.step += 1
         return {"loss": loss, "bits_per_code": loss / math.log(2), "gradient_norm": norm}
@@ -206,18 +203,9 @@ class Trainer:
 
     def require_sound(self) -> None:
         """Raises `UserError` if weights, or the losses of late, are not finite; a collective."""
-        finite = [weight.detach().isfinite().all() for weight in self.prior.parameters()]
-        broken = ~torch.stack(finite).all()
-        # One loss alone may be a bad picture's.
-        lost = torch.tensor(self.guard.look()[0] > 1, device=broken.device)
-        signs: Any = self.accelerator.reduce(torch.stack([broken, lost]).float())
-        if signs.any():
-            what = "weights" if signs[0] else "losses"
-            raise UserError(
-                f"the training has diverged: at step {self.step} its {what} are not finite, so the "
-                f"last checkpoint in {self.folder} and the prior stay as they were; start again "
-                "with a lower --learning-rate"
-            )
+        weights = self.prior.parameters()
+        where, kept = f"step {self.step}", f"{self.folder} and the prior"
+        require_sound(self.accelerator, self.guard, weights, where, kept)
 
     def save(self) -> None:
         """Writes the checkpoint beside the last one, then takes its place.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -14,12 +14,23 @@ import torch
 import typer
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from latent_ae.errors import UserError
+from latent_ae.training.guard import Guard
 
-__all__ = ["accelerator_of", "app_of", "check_parent", "learning_rate", "write_checkpoint"]
+__all__ = [
+    "accelerator_of",
+    "app_of",
+    "check_parent",
+    "learning_rate",
+    "move_weights",
+    "require_sound",
+    "share_done",
+    "write_checkpoint",
+]
 
 
 class _Rate(Protocol):
@@ -58,6 +69,63 @@ def accelerator_of(precision: str, accumulation: int) -> Accelerator:
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise UserError(f"precision {precision}: {error}") from error
+
+
+def share_done(accelerator: Accelerator, by_steps: float, by_clock: float | None) -> float:
+    """The larger share of a training that is done; a collective where the clock counts.
+
+    Args:
+        accelerator: of the training.
+        by_steps: in [0, 1].
+        by_clock: the same of this process's clock; None where no time is set.
+    """
+    if by_clock is None:
+        return by_steps
+    done = torch.tensor(by_clock, device=accelerator.device)
+    broadcast(done)  # in place: all processes must stop together
+    return max(by_steps, done.item())
+
+
+def move_weights(
+    accelerator: Accelerator, optimizer: Any, weights: Iterable[Tensor], clip_norm: float
+) -> Tensor:
+    """One optimizer step; returns the gradients' norm before it was clipped, on the device.
+
+    Gradients that are not finite move no weight; the host does not wait to learn of it.
+    """
+    norm = accelerator.clip_grad_norm_(weights, clip_norm or math.inf)
+    norm = torch.as_tensor(norm).detach()
+    if accelerator.scaler is None:  # the scaler sets the same flag itself
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def require_sound(
+    accelerator: Accelerator, guard: Guard, weights: Iterable[Tensor], where: str, kept: str
+) -> None:
+    """Raises `UserError` if the weights, or the losses of late, are not finite; a collective.
+
+    Weights that have gone astray by one huge step may be finite, with losses that never are.
+
+    Args:
+        accelerator: of the training.
+        guard: of its losses.
+        weights: all that is kept of it.
+        where: the training stands, for the sentence.
+        kept: what stays as it was.
+    """
+    broken = ~torch.stack([weight.detach().isfinite().all() for weight in weights]).all()
+    # One loss alone may be a bad picture's.
+    lost = torch.tensor(guard.look()[0] > 1, device=broken.device)
+    signs: Any = accelerator.reduce(torch.stack([broken, lost]).float())
+    if signs.any():
+        what = "weights" if signs[0] else "losses"
+        raise UserError(
+            f"the training has diverged: at {where} its {what} are not finite, so the last "
+            f"checkpoint in {kept} stay as they were; start again with a lower --learning-rate"
+        )
 
 
 def write_checkpoint(file: Path, state: dict[str, Any]) -> None:
