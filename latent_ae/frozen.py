@@ -97,11 +97,10 @@ class FrozenAutoencoder:
             size: height and width to cut to, where `encode` has padded.
         """
         if self.quantizes:  # before they are rounded to 16 bits
-            decoded = self.decode_indices(self.indices(latents))
-        else:
-            latents = latents.to(self.device, PRECISIONS[self.precision])
-            latents = latents.contiguous(memory_format=torch.channels_last)
-            decoded = self.network.decode(latents).sample.float()
+            return self.decode_indices(self.indices(latents), size)
+        latents = latents.to(self.device, PRECISIONS[self.precision])
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        decoded = self.network.decode(latents).sample.float()
         return decoded if size is None else decoded[..., : size[0], : size[1]]
 
     @property
@@ -139,9 +138,10 @@ class FrozenAutoencoder:
         return self.network.quantize.entries(indices.to(self.device, torch.int64)).float()
 
     @torch.no_grad()
-    def decode_indices(self, indices: Tensor) -> Tensor:
+    def decode_indices(self, indices: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Pictures of shape (B, C, H, W) as `decode`, from codes as `indices` gives."""
-        return self.network.decode_indices(indices.to(self.device, torch.int64)).float()
+        decoded = self.network.decode_indices(indices.to(self.device, torch.int64)).float()
+        return decoded if size is None else decoded[..., : size[0], : size[1]]
 
     def bits(self, mean: Tensor, logvar: Tensor | None) -> Tensor:
         """How many bits each code carries, of shape (B,).

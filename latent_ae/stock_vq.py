@@ -49,20 +49,15 @@ def quantized_of(stock: VQModel) -> QuantizedAutoencoder:
     return ours.train(stock.training)
 
 
-def normalize_(network: QuantizedAutoencoder) -> bool:
+def normalize_(network: QuantizedAutoencoder) -> None:
     """Takes a network's latents and entries for directions, if that changes nothing it does.
 
-    Returns:
-        Whether all entries of its one codebook have length 1, so that it does not.
+    That is where all entries of its one codebook have length 1; any other is left as it is.
     """
-    if network.config["normalized"] or not is_plain(network.config):
-        return False
-    lengths = network.quantize.codebooks.detach().norm(dim=-1)
-    if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
-        return False
-    network.quantize.normalized = True
-    network.register_to_config(normalized=True)
-    return True
+    lengths = network.quantize.codebooks.detach().norm(dim=-1) if is_plain(network.config) else None
+    if lengths is not None and torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
+        network.quantize.normalized = True
+        network.register_to_config(normalized=True)
 
 
 def stock_of(network: QuantizedAutoencoder) -> VQModel:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latent_ae.bottlenecks.base import Bottleneck
 from latent_ae.bottlenecks.gradients import straight_through
-from latent_ae.bottlenecks.usage import UsageMeter, averaged, entropy, perplexity, summed, tallied
+from latent_ae.bottlenecks.usage import UsageMeter, averaged, entropy, perplexity
 from latent_ae.config import FSQConfig, LFQConfig
 from latent_ae.outputs import Code
 from latent_ae.quantized import FiniteScalarQuantizer, LookupFreeQuantizer, Quantizer
@@ -25,25 +25,19 @@ class _Counting(Bottleneck):
         super().__init__()
         self.quantizer = quantizer
         self.meter = UsageMeter(1, quantizer.size) if quantizer.size <= _COUNTED else None
-        self._counts: Tensor | None = None
 
     @torch.no_grad()
     def _statistics(self, latents: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         found = {"latent_std": latents.detach().std()}
         if self.meter is None:
             return found
-        counts = tallied(numbers.flatten()[None], self.quantizer.size)
-        if self.training:
-            self._counts = counts if self._counts is None else self._counts + counts
+        counts = self.meter.count(numbers.flatten()[None])
         return found | {"perplexity": perplexity(counts).mean()}
 
     @torch.no_grad()
     def after_update(self, skipped: Tensor, step: int) -> dict[str, Tensor]:
         """As of any `Bottleneck`."""
-        if self._counts is None or self.meter is None:
-            return {}
-        used, self._counts = summed(self._counts) > 0, None
-        return self.meter.after_update(used, skipped, step)
+        return {} if self.meter is None else self.meter.after_update(skipped, step)[1]
 
 
 class FSQBottleneck(_Counting):

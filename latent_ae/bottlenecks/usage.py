@@ -34,7 +34,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 class UsageMeter(nn.Module):
-    """Which codes were taken in the last updates; its buffer is the same on every process.
+    """Which codes were taken in an update and the last ones; its buffer is that of all processes.
 
     Args:
         codes: of a position.
@@ -49,23 +49,39 @@ class UsageMeter(nn.Module):
         super().__init__()
         # Updates since a code was last taken; at first none has been.
         self.register_buffer("unseen", torch.full((codes, size), self.WINDOW, dtype=torch.int32))
+        # What this process has counted since the last update: no buffer, DDP would overwrite it.
+        self._counts: Tensor | None = None
 
-    def after_update(self, used: Tensor, skipped: Tensor, step: int) -> dict[str, Tensor]:
-        """Takes note of an update.
+    def count(self, numbers: Tensor) -> Tensor:
+        """How often each code was taken, of shape (codes, size); in training it is added up.
 
         Args:
-            used: of shape (codes, size), whether a code was taken on any process.
+            numbers: of shape (codes, N).
+        """
+        counts = tallied(numbers, self.unseen.shape[1])
+        if self.training:
+            self._counts = counts if self._counts is None else self._counts + counts
+        return counts
+
+    def after_update(self, skipped: Tensor, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Takes note of an update; a collective.
+
+        Args:
             skipped: a scalar of bool: the update does not count.
             step: its number, from 0.
 
         Returns:
+            The counts of all processes since the last update, None where nothing was counted; and
             `code_usage`, the share of the codes that were taken in the window, once it is full.
         """
-        unseen = torch.where(used, 0, self.unseen + 1)
+        if self._counts is None:
+            return None, {}
+        counts, self._counts = summed(self._counts), None
+        unseen = torch.where(counts > 0, 0, self.unseen + 1)
         self.unseen.copy_(torch.where(skipped, self.unseen, unseen))
         if step + 1 < self.WINDOW:
-            return {}
-        return {"code_usage": (self.unseen < self.WINDOW).float().mean()}
+            return counts, {}
+        return counts, {"code_usage": (self.unseen < self.WINDOW).float().mean()}
 
 
 def place() -> tuple[int, int]:

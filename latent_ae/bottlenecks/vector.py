@@ -9,7 +9,7 @@ from torch import Tensor
 from latent_ae.bottlenecks.base import Bottleneck
 from latent_ae.bottlenecks.gradients import GRADIENTS
 from latent_ae.bottlenecks.kmeans import kmeans
-from latent_ae.bottlenecks.usage import UsageMeter, perplexity, place, summed, tallied
+from latent_ae.bottlenecks.usage import UsageMeter, perplexity, place, summed
 from latent_ae.config import VQConfig
 from latent_ae.outputs import Code
 from latent_ae.quantized import VectorQuantizer
@@ -59,7 +59,6 @@ class VQBottleneck(Bottleneck):
 
     def _forget(self) -> None:
         """Empties what is gathered between two updates; no buffers, which DDP would overwrite."""
-        self._counts: Tensor | None = None
         self._totals: Tensor | None = None
         self._left: Tensor | None = None
 
@@ -106,10 +105,9 @@ class VQBottleneck(Bottleneck):
             How often each entry was taken, of shape (codes, size).
         """
         flat = numbers.transpose(0, 1).flatten(1)  # (codes, positions)
-        counts = tallied(flat, self.quantizer.size)
+        counts = self.meter.count(flat)
         if not self.training:
             return counts
-        self._counts = counts if self._counts is None else self._counts + counts
         if self.averages:
             totals = torch.zeros_like(self.sums)
             for book, (rows, found) in enumerate(zip(self._vectors(left), flat, strict=True)):
@@ -126,10 +124,9 @@ class VQBottleneck(Bottleneck):
     @torch.no_grad()
     def after_update(self, skipped: Tensor, step: int) -> dict[str, Tensor]:
         """As of any `Bottleneck`: averages, and dead entries moved onto latents."""
-        if self._counts is None or self._left is None:
-            return {}
-        counts = summed(self._counts)
-        terms = self.meter.after_update(counts > 0, skipped, step)
+        counts, terms = self.meter.after_update(skipped, step)
+        if counts is None or self._left is None:
+            return terms
         if self._totals is not None:
             self._average(counts, summed(self._totals), skipped)
         if self.learns and self.config.revive_after:

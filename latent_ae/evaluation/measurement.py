@@ -112,7 +112,12 @@ class Measurement:
         began = time.perf_counter()
         mean, logvar = self.frozen.encode(normalize(images))
         code = self._code(mean, logvar, batch.samples)
-        decoded = self.frozen.decode(code, (images.shape[-2], images.shape[-1]))
+        size, numbers = (images.shape[-2], images.shape[-1]), None
+        if self.frozen.quantizes:
+            numbers = self.frozen.indices(code)
+            decoded = self.frozen.decode_indices(numbers, size)
+        else:
+            decoded = self.frozen.decode(code, size)
         finite = torch.isfinite(decoded).flatten(1).all(1) & torch.isfinite(mean).flatten(1).all(1)
         good = finite.nonzero().flatten().tolist()  # the host waits for the device here
         self.gathered.model_seconds += time.perf_counter() - began
@@ -124,6 +129,9 @@ class Measurement:
         images, mean = images[good], mean[good]
         logvar = None if logvar is None else logvar[good]
         self._add(samples, images, to_uint8(decoded[good]), mean, logvar)
+        if self.gathered.codes is not None and numbers is not None:
+            positions = [sample.position for sample in samples]
+            self.gathered.codes.update(numbers[good], images[0, 0].numel(), positions)
 
     def finish(self) -> Gathered:
         """The share in the data's order, with its Fréchet state in it."""
@@ -162,8 +170,6 @@ class Measurement:
         positions = [sample.position for sample in samples]
         if gathered.latents is not None:
             gathered.latents.update(mean, logvar, pixels, positions)
-        if gathered.codes is not None:
-            gathered.codes.update(self.frozen.indices(mean), pixels[0, 0].numel(), positions)
         compared = {MODEL: decoded}
         for name in self.references:
             compared[name] = self._reference(name, samples, images, mean[0].numel(), bits)
