@@ -34,10 +34,14 @@ from fashion_mnist import (
     ROOT,
     console,
     evaluate_test_pictures,
+    judged,
+    keep_drawings,
+    kept_drawings,
     reconstruction,
     rgb,
     seconds,
     stage,
+    tell_sets,
     train_autoencoder,
 )
 from latent_ae.errors import UserError
@@ -158,17 +162,11 @@ def draw(output: Path, guidance: float, samples: int) -> Tensor:
     from index_prior import IndexPrior
 
     file = output / f"samples-{guidance:g}.npz"
-    if file.exists():
-        with np.load(file) as content:
-            if len(content["images"]) == samples:
-                return torch.from_numpy(content["images"])
+    if (known := kept_drawings(file, samples)) is not None:
+        return known
     prior = IndexPrior.from_pretrained(output / "prior")
     labels = [label for label in range(len(CLASSES)) for _ in range(samples // len(CLASSES))]
-    drawings = prior(labels, batch_size=BATCH, guidance_scale=guidance)
-    aside = file.with_suffix(".tmp.npz")
-    np.savez(aside, images=drawings.numpy())
-    aside.rename(file)
-    return drawings
+    return keep_drawings(file, prior(labels, batch_size=BATCH, guidance_scale=guidance))
 
 
 def draw_by_itself(output: Path, samples: int) -> Tensor:
@@ -197,19 +195,10 @@ def judge(
     epochs: int,
 ) -> dict[str, Any]:
     """Writes the sheets; returns the judge's accuracy and the numbers of each set of pictures."""
-    from fashion_judge import measure, taught_classifier
-
-    images = {part: rgb(values) for part, (values, _) in pictures.items()}
-    labels = {part: torch.from_numpy(known).long() for part, (_, known) in pictures.items()}
-    known = (images["train"], labels["train"])
-    classifier = taught_classifier(output / "classifier.safetensors", *known, len(CLASSES), epochs)
-    reference, others = (images["test"][rows] for rows in halves)
+    others = rgb(pictures["test"][0])[halves[1]]
     decoded = reconstruction(output, others)
     save_sheets(output, others, decoded, drawings)
-    sets = {"other test pictures": others, "their reconstructions": decoded} | drawings
-    numbers = measure(sets, labels["test"][halves[1]], reference, images["train"], classifier)
-    right = classifier.classify(images["test"]) == labels["test"]
-    return {"classifier_accuracy": right.float().mean().item(), "sets": numbers}
+    return judged(output, pictures, halves, decoded, drawings, epochs)
 
 
 def save_sheets(output: Path, images: Tensor, decoded: Tensor, drawings: dict[str, Tensor]) -> None:
@@ -273,25 +262,7 @@ def tell(output: Path, numbers: dict[str, Any]) -> None:
     for key, name in names.items():
         table.add_row(name, f"{held_out[key]:.3f}")
     console.print(table)
-    table = Table(title="pictures", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for title in ("recognised", "Fréchet, AlexNet", "Fréchet, classifier", "nearest known"):
-        table.add_column(title, justify="right")
-    for name, row in numbers["sets"].items():
-        table.add_row(
-            name,
-            f"{100 * row['recognised']:.1f} %",
-            f"{row['frechet_alexnet']:.2f}",
-            f"{row['frechet_classifier']:.2f}",
-            f"{row['nearest']:.1f}",
-        )
-    console.print(table)
-    console.print(
-        f"the judge is right on {100 * numbers['classifier_accuracy']:.1f} % of all test pictures\n"
-        f"look at {output}/samples.png",
-        markup=False,
-        highlight=False,
-    )
+    tell_sets(numbers, "pictures", f"{output}/samples.png")
 
 
 if __name__ == "__main__":

@@ -187,10 +187,8 @@ def draw(output: Path, guidance: float, samples: int) -> Tensor:
 
     logging.disable_progress_bar()
     file = output / f"samples-{guidance:g}.npz"
-    if file.exists():
-        with np.load(file) as content:
-            if len(content["images"]) == samples:
-                return torch.from_numpy(content["images"])
+    if (known := kept_drawings(file, samples)) is not None:
+        return known
     pipe: Any = DiffusionPipeline.from_pretrained(output / "pipeline", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     labels = [name for name in CLASSES for _ in range(samples // len(CLASSES))]
@@ -204,7 +202,20 @@ def draw(output: Path, guidance: float, samples: int) -> Tensor:
             output_type="pt",
         ).images
         parts.append((255 * images).round().to(torch.uint8))
-    drawings = torch.cat(parts)
+    return keep_drawings(file, torch.cat(parts))
+
+
+def kept_drawings(file: Path, samples: int) -> Tensor | None:
+    """The drawings of an earlier start, where there are as many."""
+    if file.exists():
+        with np.load(file) as content:
+            if len(content["images"]) == samples:
+                return torch.from_numpy(content["images"])
+    return None
+
+
+def keep_drawings(file: Path, drawings: Tensor) -> Tensor:
+    """Writes drawings whole or not at all; returns them."""
     aside = file.with_suffix(".tmp.npz")
     np.savez(aside, images=drawings.numpy())
     aside.rename(file)
@@ -219,6 +230,31 @@ def judge(
     epochs: int,
 ) -> dict[str, Any]:
     """Writes the sheets; returns the judge's accuracy and the numbers of each set of pictures."""
+    others = rgb(pictures["test"][0])[halves[1]]
+    decoded = reconstruction(output, others)
+    save_sheets(output, others, decoded, drawings)
+    named = {f"drawn, guidance {scale:g}": drawn for scale, drawn in drawings.items()}
+    return judged(output, pictures, halves, decoded, named, epochs)
+
+
+def judged(
+    output: Path,
+    pictures: dict[str, tuple[np.ndarray, np.ndarray]],
+    halves: list[Tensor],
+    decoded: Tensor,
+    drawings: dict[str, Tensor],
+    epochs: int,
+) -> dict[str, Any]:
+    """The judge's accuracy and the numbers of each set of pictures.
+
+    Args:
+        output: where the judge is kept.
+        pictures: by part, with their labels.
+        halves: rows of two sets of test pictures, to compare with and to be compared.
+        decoded: the reconstructions of the second, uint8 of shape (N, 3, 32, 32).
+        drawings: by name, likewise, sorted by class.
+        epochs: the judge learns.
+    """
     from fashion_judge import measure, taught_classifier
 
     images = {part: rgb(values) for part, (values, _) in pictures.items()}
@@ -228,10 +264,7 @@ def judge(
     known = (images["train"], labels["train"])
     classifier = taught_classifier(output / "classifier.safetensors", *known, len(CLASSES), epochs)
     reference, others = (images["test"][rows] for rows in halves)
-    decoded = reconstruction(output, others)
-    sets = {"other test pictures": others, "their reconstructions": decoded}
-    sets |= {f"drawn, guidance {scale:g}": drawn for scale, drawn in drawings.items()}
-    save_sheets(output, others, decoded, drawings)
+    sets = {"other test pictures": others, "their reconstructions": decoded} | drawings
     numbers = measure(sets, labels["test"][halves[1]], reference, images["train"], classifier)
     right = classifier.classify(images["test"]) == labels["test"]
     return {"classifier_accuracy": right.float().mean().item(), "sets": numbers}
@@ -293,10 +326,16 @@ def write_metrics(
 
 def tell(output: Path, numbers: dict[str, Any], samples: int) -> None:
     """The table, and what to look at."""
-    table = Table(title=f"{samples} pictures each", title_justify="left")
+    sheets = f"{output}/reconstructions.png and {output}/samples-*.png"
+    tell_sets(numbers, f"{samples} pictures each", sheets)
+
+
+def tell_sets(numbers: dict[str, Any], title: str, sheets: str) -> None:
+    """The numbers of each set of pictures as a table, the judge's own, and what to look at."""
+    table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for title in ("recognised", "Fréchet, AlexNet", "Fréchet, classifier", "nearest known"):
-        table.add_column(title, justify="right")
+    for head in ("recognised", "Fréchet, AlexNet", "Fréchet, classifier", "nearest known"):
+        table.add_column(head, justify="right")
     for name, row in numbers["sets"].items():
         table.add_row(
             name,
@@ -308,7 +347,7 @@ def tell(output: Path, numbers: dict[str, Any], samples: int) -> None:
     console.print(table)
     console.print(
         f"the judge is right on {100 * numbers['classifier_accuracy']:.1f} % of all test pictures\n"
-        f"look at {output}/reconstructions.png and {output}/samples-*.png",
+        f"look at {sheets}",
         markup=False,
         highlight=False,
     )
